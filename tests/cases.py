@@ -201,7 +201,7 @@ NORM = [
 ]
 
 COMPOSED = [
-    Case("Sequential", lambda: nn.Sequential(), (2, 3)),
+    Case("Sequential", nn.Sequential, (2, 3)),
     Case(
         "Sequential-conv-bn-pool-linear",
         lambda: nn.Sequential(
