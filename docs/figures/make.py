@@ -36,6 +36,7 @@ def gain() -> None:
     """A matrix maps the unit circle to an ellipse; its longest half-axis is the spectral norm."""
     w = np.array([[1.5, 0.7], [0.1, 0.8]])
     u, s, vt = np.linalg.svd(w)
+    u, vt = (-u, -vt) if vt[0, 0] < 0 else (u, vt)
     angle = np.linspace(0, 2 * np.pi, 361)
     circle = np.stack([np.cos(angle), np.sin(angle)])
     _, axes = plt.subplots(1, 2, sharex=True, sharey=True)
@@ -45,7 +46,7 @@ def gain() -> None:
     ):
         ax.plot(*points, color=BLUE)
         ax.annotate("", xy=tip, xytext=(0, 0), arrowprops={"arrowstyle": "->", "color": ORANGE, "lw": 2})
-        ax.annotate(label, xy=tip, xytext=(-0.3, -1.25 if label != "z" else 0.35), color=ORANGE)
+        ax.annotate(label, xy=tip, xytext=tip + np.array([0.05, 0.1]), color=ORANGE)
         ax.set_title(title, fontsize=11)
         ax.set_aspect("equal")
         ax.axis("off")
@@ -112,11 +113,11 @@ def power() -> None:
         for _ in range(100):
             x /= np.linalg.norm(x)
             y = w @ x
-            remaining.append(true / np.linalg.norm(y))
+            remaining.append(true / np.linalg.norm(y) - 1)
             x = w.T @ y
         ax.plot(range(1, 101), remaining, color=colour, label=f"Gaussian {size} x {size}")
-    ax.axhline(1, color=GREEN, ls="--", label="what is claimed")
-    finish(ax, "power iterations", "norm left after dividing", (0.98, 1.3))
+    ax.set_yscale("log")
+    finish(ax, "power iterations", "norm left after dividing, minus 1", (1e-6, 1))
     ax.legend(frameon=False, fontsize=9)
     save("power", 7, 3)
 
