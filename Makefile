@@ -47,7 +47,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 docs: $(DEV)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "documentation: site/index.html"
 
 bench: $(DEV)
