@@ -72,3 +72,11 @@ class LinearOperator(ABC):
     def out_size(self) -> int:
         """Number of elements of one result."""
         return prod(self.out_shape)
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """Return the absolute values of stored weights, in float64 and rounded upward where the weights are complex."""
+    if not weight.is_complex():
+        return weight.abs()
+    # No implementation of hypot is off by 2**-48.
+    return weight.to(torch.complex128).abs() * (1 + 2.0**-48)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opnorm.errors import InputShapeError
-from opnorm.operators.base import LinearOperator
+from opnorm.operators.base import LinearOperator, magnitude
 
 PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
 
@@ -119,7 +119,7 @@ class Conv(LinearOperator):
         return F.pad(x, widths, mode="constant" if self.mode == "zeros" else self.mode)
 
     def absolute(self) -> "Conv":  # noqa: D102
-        return replace(self, weight=self.weight.abs())
+        return replace(self, weight=magnitude(self.weight))
 
 
 @dataclass(frozen=True, eq=False)
