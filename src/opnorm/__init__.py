@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opnorm import errors, layers, norms, operators
+    from opnorm import errors, layers, norms, operators, testing
     from opnorm._enclosure import Enclosure
     from opnorm.norms import norm
 
@@ -18,9 +18,9 @@ _HOME = {
     "Enclosure": "opnorm._enclosure",
     "norm": "opnorm.norms",
 }
-_MODULES = frozenset({"errors", "layers", "norms", "operators"})
+_MODULES = frozenset({"errors", "layers", "norms", "operators", "testing"})
 
-__all__ = ["Enclosure", "errors", "layers", "norm", "norms", "operators"]
+__all__ = ["Enclosure", "errors", "layers", "norm", "norms", "operators", "testing"]
 
 
 def __getattr__(name: str) -> Any:
