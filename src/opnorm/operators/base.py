@@ -60,8 +60,9 @@ class LinearOperator(ABC):
     def adjoint(self, y: Tensor) -> Tensor:
         """Apply the conjugate transpose: (batch, *out_shape) -> (batch, *in_shape)."""
         origin = torch.zeros(y.shape[0], *self.in_shape, dtype=y.dtype, device=y.device)
-        _, pull = torch.func.vjp(self.apply, origin)
-        return pull(y)[0]
+        pull = torch.func.vjp(self.apply, origin)[1]
+        image: Tensor = pull(y)[0]
+        return image
 
     @property
     def in_size(self) -> int:
