@@ -1,7 +1,9 @@
 """Reading what `torch.save` wrote: `weights_only=True` always, mapped where the format allows it."""
 
 import pickle
+import warnings
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ def open_torch(path: Path, part: str, *, legacy: bool) -> Checkpoint:
     )
     if not found:
         raise CheckpointError(f"{path}: holds no tensors, only a {type(tree).__name__}")
+    names = Counter(".".join(path) for path, _ in found)
+    if len(names) < len(found):
+        raise CheckpointError(
+            f"{path}: two tensors are called {names.most_common(1)[0][0]!r}; they cannot be told apart"
+        )
     _check_storages([tensor for _, tensor in found], path)
     try:
         choice = nested.Choice((), {}) if isinstance(tree, Tensor) else nested.choose(tree, part)
@@ -56,7 +63,10 @@ def load_object(path: Path, *, legacy: bool) -> Any:
     if not legacy:
         _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=not legacy)
+        with warnings.catch_warnings():
+            # What torch deprecates in a file is nothing that its reader can change.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=not legacy)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, " ".join(str(error).split()))) from error
     # A hostile or damaged pickle can raise anything, RecursionError and MemoryError included.
@@ -68,7 +78,13 @@ def load_object(path: Path, *, legacy: bool) -> Any:
 def _refusal(path: Path, message: str) -> str:
     detail = message.partition("WeightsUnpickler error:")[2].strip()
     wanted = detail.partition(" by default")[0].partition(". ")[0].partition(" Please use")[0]
-    if "Unsupported" in wanted or "GLOBAL" in wanted or "Trying to" in wanted or "not allowed" in wanted:
+    if (
+        "Unsupported global" in wanted
+        or "Unsupported class" in wanted
+        or "GLOBAL" in wanted
+        or "Trying to" in wanted
+        or "not allowed" in wanted
+    ):
         return (
             f"{path}: refused, because it holds more than tensors and loading it could run code "
             f"({wanted[:200]}); {_WAY_OUT}"
