@@ -46,7 +46,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except OpnormError as error:
-            click.echo(f"opnorm: {' '.join(str(error).split())}", err=True)
+            click.echo(f"opnorm: {_one_line(str(error))}", err=True)
             sys.exit(EXIT_UNUSABLE)
         except BrokenPipeError:
             # Whoever read stdout has gone; without this the interpreter complains again when it flushes.
@@ -70,3 +70,9 @@ def main() -> None:
 
     Exit codes: 0 clean, 1 a rule of --fail-on was violated, 2 could not read, or wrong usage.
     """
+
+
+def _one_line(text: str) -> str:
+    """Join the lines, and write out what does not print: names in a hostile file must not steer the terminal."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
