@@ -32,7 +32,7 @@ class Geometry:
         Raises:
             UnsupportedLayerError: if the layer changes what its class does.
             InputShapeError: if no bound holds for every input size, as with reflect padding.
-        """  # noqa: DOC502 - raised by the layer's rule
+        """
         path, _, leaf = entry.name.rpartition(".")
         module = self.modules.get(path)
         return to_operator(module) if module is not None and leaf == "weight" else None

@@ -14,7 +14,7 @@ import opnorm
 from opnorm._enclosure import Guarantee
 from opnorm.auditing.geometry import Geometry
 from opnorm.auditing.measure import count_nonfinite, enclose, frobenius, stable_rank
-from opnorm.auditing.report import Report, Row, Skipped, SkipKind
+from opnorm.auditing.report import Report, Row, SkipKind, Skipped
 from opnorm.auditing.roles import MATRIX, Unread, parse_roles, read
 from opnorm.auditing.rules import Rule, check, parse
 from opnorm.checkpoint import Checkpoint, Entry, Left, open_checkpoint, open_state

@@ -29,6 +29,7 @@ EXIT_VIOLATED = 1
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="Print only the N largest norms.")
 def audit(
     checkpoint: Path,
+    *,
     json_to: str | None,
     html_to: str | None,
     fail_on: tuple[str, ...],
@@ -74,8 +75,7 @@ def audit(
     for violation in report.violations:
         line = f"violated: {violation.rule}: {violation.name}: {violation.reason}"
         click.echo(render.text.printable(line), err=True)
-    if not report.ok:
-        raise SystemExit(EXIT_VIOLATED)
+    click.get_current_context().exit(0 if report.ok else EXIT_VIOLATED)
 
 
 def _check_writable(target: str | None) -> None:

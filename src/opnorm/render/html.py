@@ -1,6 +1,7 @@
 """A report as one self-contained HTML file: nothing is fetched, and names cannot inject."""
 
 import math
+from pathlib import PurePath
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,6 +24,7 @@ def to_html(report: Report) -> str:
     plots = (Markup(per_layer(report.rows, broken)), Markup(distribution(report.rows))) if report.rows else ()
     return page.get_template("report.html").render(
         report=report,
+        title=PurePath(report.source).name or report.source,
         rows=[
             (row, role_index(roles, row.role), bar, row.name in broken)
             for row, bar in zip(report.rows, bars, strict=True)

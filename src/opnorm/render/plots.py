@@ -4,10 +4,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from io import StringIO
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from opnorm.auditing import Row
 
@@ -19,7 +22,7 @@ _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", _ALERT: "var(--alert)"
 ROLE_COLOURS = 8
 """Number of colours for roles in the page's style; further roles share the last one."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "opnorm",
     "font.family": "sans-serif",
@@ -38,6 +41,7 @@ _STYLE = {
     "grid.alpha": 0.35,
     "grid.linewidth": 0.6,
 }
+_SMALL_SPAN = 300.0
 _LEAST = 1e-12
 """Where zero norms are drawn, relative to the largest: a logarithm has no place for them."""
 
@@ -65,14 +69,14 @@ def per_layer(rows: Sequence[Row], broken: frozenset[str]) -> str:
         points.set_gid("points")
         marked = [(place, upper) for place, upper, row in zip(places, uppers, rows, strict=True) if row.name in broken]
         if marked:
-            axes.scatter(
-                *zip(*marked, strict=True), s=90, facecolors="none", edgecolors=_ALERT, linewidths=1.6, zorder=4
-            )
+            xs, ys = zip(*marked, strict=True)
+            axes.scatter(xs, ys, s=90, facecolors="none", edgecolors=_ALERT, linewidths=1.6, zorder=4)
         axes.set_yscale("log")
+        _plain_decades(axes.yaxis, max(*uppers, 1.0) / min(*lowers, 1.0))
         axes.set_xlim(0.0, len(rows) + 1.0)
         axes.set_xlabel("place in the file")
         axes.set_ylabel("operator norm")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
 
     return _svg(paint, "Operator norm of every measured weight, in the order of the file")
@@ -99,12 +103,19 @@ def distribution(rows: Sequence[Row]) -> str:
         axes.hist(groups, bins=edges, stacked=True, color=colours, rwidth=0.9)
         axes.axvline(1.0, color=_INK, linewidth=0.9) if edges[0] <= 1.0 <= edges[-1] else None
         axes.set_xscale("log")
+        _plain_decades(axes.xaxis, edges[-1] / edges[0])
         axes.set_xlabel("operator norm")
         axes.set_ylabel("weights")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
 
     return _svg(paint, "How many weights have an operator norm of which size")
+
+
+def _plain_decades(axis: Axis, span: float) -> None:
+    """Label a logarithmic axis with plain numbers, and with more of them where it spans little."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < _SMALL_SPAN else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _drawable(values: Sequence[float]) -> list[float]:

@@ -28,15 +28,15 @@ def _directed(value: float, digits: int, rounding: str) -> str:
 
 
 def printable(name: str) -> str:
-    """Return `name` with everything that does not print, such as escape sequences, written out.
+    r"""Return `name` with everything that does not print, such as escape sequences, written out.
 
     Example:
         >>> print(printable("a" + chr(27) + "[31mb"))
-        a\\x1b[31mb
+        a\x1b[31mb
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def shaped(shape: tuple[int, ...]) -> str:
-    """Return a shape as "64 x 3 x 3"."""
-    return " x ".join(map(str, shape))
+    """Return a shape as "64×3×3"."""
+    return "×".join(map(str, shape))

@@ -36,7 +36,7 @@
   document.querySelectorAll("#points use").forEach((point, index) => {
     const row = rows[index];
     const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-    title.textContent = `${row.cells[1].textContent.trim()}: ${row.cells[6].textContent.trim()}`;
+    title.textContent = `${row.cells[1].textContent.trim()}: ${row.cells[4].textContent.trim()}`;
     point.append(title);
     point.addEventListener("click", () => {
       rows.forEach((one) => one.classList.toggle("target", one === row));
