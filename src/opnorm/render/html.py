@@ -16,7 +16,13 @@ def to_html(report: Report) -> str:
     page = Environment(
         loader=PackageLoader("opnorm.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    page.filters |= {"ceiling": ceiling, "floor": floor, "printable": printable, "shaped": shaped}
+    page.filters |= {
+        "ceiling": ceiling,
+        "floor": floor,
+        "printable": printable,
+        "shaped": shaped,
+        "breakable": _breakable,
+    }
     broken = frozenset(violation.name for violation in report.violations)
     roles = list(dict.fromkeys(row.role for row in report.rows))
     bars = _bars(report.rows)
@@ -33,6 +39,11 @@ def to_html(report: Report) -> str:
         notes=_notes(report),
         plots=plots,
     )
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name that may be broken after its dots."""
+    return Markup(".<wbr>").join(printable(name).split("."))
 
 
 def _bars(rows: tuple[Row, ...]) -> list[float]:
