@@ -26,7 +26,7 @@ _MODULES = frozenset({"checkpoint", "errors", "layers", "norms", "operators"})
 __all__ = ["Enclosure", "Report", "audit", "checkpoint", "errors", "layers", "norm", "norms", "operators"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of a lazily resolved name is declared above
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"opnorm.{name}")
     if name in _HOME:

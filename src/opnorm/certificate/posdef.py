@@ -52,10 +52,11 @@ def squared_frobenius_above(matrix: Tensor) -> Tensor:
 
 
 def _residual_norm(matrix: Tensor, factor: Tensor) -> Tensor:
-    """An upper bound of what `fl(A - L L^H)` measures of the Hermitian residual; its own rounding is in the caller's."""
+    """An upper bound of what `fl(A - L L^H)` measures of the Hermitian residual; its own rounding is the caller's."""
     lower = torch.tril(matrix - factor @ factor.mH)
     row_sums = lower.abs().sum(-1) + lower.abs().sum(-2)
-    return row_sums.amax(-1) * (1 + rounding.gamma(2 * matrix.shape[-1] + 16))
+    bound: Tensor = row_sums.amax(-1) * (1 + rounding.gamma(2 * matrix.shape[-1] + 16))
+    return bound
 
 
 def require_ieee_arithmetic() -> None:

@@ -100,7 +100,7 @@ def _chunks(grid: Grid, index: Tensor | None = None) -> Iterator[Tensor]:
     # Two parts of the block, their moduli, the Gram matrix in parts and as one, and its factor.
     cost = grid.kernel.shape[0] * 8 * (4 * rows * columns + 8 * side * side)
     index = torch.arange(len(grid.frequencies), device=grid.kernel.device) if index is None else index
-    yield from index.split(max(1, _CHUNK_BYTES // cost))
+    yield from torch.split(index, max(1, _CHUNK_BYTES // cost))
 
 
 def _oriented(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:

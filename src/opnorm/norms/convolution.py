@@ -7,7 +7,7 @@ import torch
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
 from opnorm.errors import ArgumentError
-from opnorm.norms.lp import Order
+from opnorm.norms.lp import INFINITY, L1, Order
 from opnorm.norms.materialised import majorant_norm, materialised_norm
 from opnorm.norms.scaling import normalised
 from opnorm.operators import Conv, ConvTranspose
@@ -25,7 +25,7 @@ def dense_convolution_norm(operator: Conv | ConvTranspose, *, rtol: float) -> En
 
     Raises:
         TooLargeError: if a group's matrix does not fit into memory.
-    """  # noqa: DOC502 - raised further down
+    """
     parts = groups_of(operator)
     if len(parts) == 1:
         return materialised_norm(parts[0], rtol=rtol)
@@ -66,16 +66,16 @@ def row_sum_norm(conv: Conv, order: Order, *, rtol: float) -> Enclosure:
     """
     scaled, exponent = normalised(conv.weight)
     modulus = scaled.abs()
-    if order == (float("inf"), float("inf")):
+    if order == INFINITY:
         sums, terms = modulus.flatten(1).sum(1), modulus[0].numel()
-    elif order == (1, 1):
+    elif order == L1:
         blocks = torch.stack(modulus.chunk(conv.groups))  # shape: (groups, c_out / groups, c_in / groups, *kernel)
         sums, terms = blocks.flatten(3).sum((1, 3)).flatten(), blocks[0, :, 0].numel()
     else:
         raise ArgumentError(f"ord={order} of a convolution depends on its input size; give input_shape")
     value = float(sums.max())
     slack = rounding.up(1 + rounding.gamma(terms + 8))
-    strided = order == (1, 1) and max(conv.stride) > 1
+    strided = order == L1 and max(conv.stride) > 1
     lower = 0.0 if strided else rounding.ldexp_down(rounding.div_down(value, slack), exponent)
     upper = rounding.ldexp_up(rounding.mul_up(value, slack), exponent)
     return Enclosure(lower, upper, "proved", "entries", rtol, note="supremum over all input sizes")

@@ -19,6 +19,8 @@ _SMALL = 192
 """Below it a full eigendecomposition costs less than a Krylov search."""
 _SINGLE = 1024
 """From it on the search runs in float32, which halves what it reads; the proof does not depend on it."""
+_DECOMPOSED = 1024
+"""Up to it a full eigendecomposition is the answer to a search that fell short, as on the clusters of convolutions."""
 _STEPS = 160
 _CHEAP = 2**20
 """Up to so many elements the bounds read off the entries cost nothing beside the proof."""
@@ -46,9 +48,7 @@ def dense_norm(matrix: Tensor, *, rtol: float, slack: float = 0.0) -> Enclosure:
     if exponent == 0 and not tall.any():
         return Enclosure(0.0, slack, "proved", "zero", rtol)
     gram = gram_of_columns(tall)
-    vector = top_vector(gram.matrix, rtol)
-    lower = attained_by_matrix(tall, vector)
-    ceiling = prove_ceiling(gram, lower * lower, rtol)
+    lower, ceiling = _search_and_prove(tall, gram, rtol)
     upper, method = rounding.sqrt_up(ceiling), "dense"
     if tall.numel() <= _CHEAP or ceiling == math.inf:
         # Exact for rank one, constant and permutation matrices, where the proof must keep a distance.
@@ -61,48 +61,52 @@ def dense_norm(matrix: Tensor, *, rtol: float, slack: float = 0.0) -> Enclosure:
     return Enclosure(lower, upper, "proved", method, rtol)
 
 
-def top_vector(gram: Tensor, rtol: float) -> Tensor:
-    """Return an approximate top eigenvector, shape (n,), of a positive semi-definite matrix; nothing is proved."""
-    n = gram.shape[0]
-    if n <= _SMALL:
-        return torch.linalg.eigh(gram).eigenvectors[:, -1]
-    narrow = n >= _SINGLE and rtol >= 1e-8
-    searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
-    start = searched[:, int(gram.diagonal().abs().argmax())] + searched.mean(1)
-    generator = torch.Generator().manual_seed(n)
-    noise = torch.randn(n, generator=generator, dtype=torch.float64).to(start)
-    start = start / torch.linalg.vector_norm(start) + noise / torch.linalg.vector_norm(noise)
-    # The eigenvalue's relative error is twice the norm's; a tenth of the target leaves room for the shift.
-    found = lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol)
-    return found.vector.to(gram)
+def _search_and_prove(tall: Tensor, gram: Gram, rtol: float) -> tuple[float, float]:
+    """What is attained, and a proved ceiling of its square; a failed factorisation sends the search back to work."""
+    lower = 0.0
+    for vector in _candidates(gram.matrix, rtol):
+        lower = max(lower, attained_by_matrix(tall, vector))
+        ceiling = _ceiling(gram, lower * lower * (1 + _shift(gram, lower, rtol)))
+        if ceiling < math.inf:
+            return lower, ceiling
+    shift = 10 * _shift(gram, lower, rtol)
+    while ceiling == math.inf and shift < 100.0:
+        ceiling = _ceiling(gram, lower * lower * (1 + shift))
+        shift *= 10
+    return lower, ceiling
 
 
-def prove_ceiling(gram: Gram, attained_square: float, rtol: float) -> float:
-    """Return a proved upper bound of the largest eigenvalue of the exact Gram matrix, or inf if no attempt succeeds.
+def _shift(gram: Gram, attained: float, rtol: float) -> float:
+    """How far above the attained square to factor, relative to it.
 
-    Args:
-        gram: the computed matrix with its error.
-        attained_square: about the largest eigenvalue.
-        rtol: target for the relative gap of its square root.
+    A full eigendecomposition leaves only rounding in between; a search leaves a part of the target.
     """
     n = gram.matrix.shape[0]
-    noise = (gram.error + 4 * n * rounding.U * float(gram.matrix.diagonal().abs().sum())) / attained_square
-    for shift in _shifts(rtol, noise, sharp=n <= _SMALL):
-        ceiling = _ceiling(gram, attained_square * (1 + shift))
-        if ceiling < math.inf:
-            return ceiling
-    return math.inf
+    noise = gram.error + 4 * n * rounding.U * float(gram.matrix.diagonal().abs().sum())
+    noise = 4 * noise / (attained * attained)
+    return noise if n <= _SMALL else max(1.6 * rtol, noise)
 
 
-def _shifts(rtol: float, noise: float, *, sharp: bool) -> Iterator[float]:
-    """Relative distances above the attained value at which to try: tenfold further each time.
-
-    Where the attained value is `sharp`, of a full eigendecomposition, only rounding stands in between.
-    """
-    shift = 4 * noise if sharp else max(1.6 * rtol, 4 * noise)
-    while shift < 100.0:
-        yield shift
-        shift *= 10
+def _candidates(gram: Tensor, rtol: float) -> Iterator[Tensor]:
+    """Approximate top eigenvectors, shape (n,), of a positive semi-definite matrix, each better than the one before."""
+    n = gram.shape[0]
+    if n <= _SMALL:
+        yield torch.linalg.eigh(gram).eigenvectors[:, -1]
+        return
+    narrow = n >= _SINGLE and rtol >= 1e-8
+    searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
+    generator = torch.Generator().manual_seed(n)
+    noise = torch.randn(n, generator=generator, dtype=torch.float64).to(searched)
+    start = searched[:, int(gram.diagonal().abs().argmax())] + searched.mean(1)
+    start = start / torch.linalg.vector_norm(start) + noise / torch.linalg.vector_norm(noise)
+    # The eigenvalue's relative error is twice the norm's; a tenth of the target leaves room for the shift.
+    found = lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol).vector.to(gram)
+    yield found
+    if n <= _DECOMPOSED:
+        yield torch.linalg.eigh(gram).eigenvectors[:, -1]
+    else:
+        start = found + 1e-3 * noise.to(gram) / torch.linalg.vector_norm(noise)
+        yield lanczos(lambda v: gram @ v, start, steps=2 * _STEPS, tolerance=1e-4 * rtol).vector
 
 
 def _ceiling(gram: Gram, t: float) -> float:

@@ -105,7 +105,9 @@ def _for_convolution(operator: Conv | ConvTranspose, rtol: float) -> Plan:
         return _plan(operator, "torus", "circular padding makes the symbol exact", rtol)
     side = min(operator.in_size, operator.out_size) // conv.groups
     if side <= DENSE_LIMIT:
-        return _plan(operator, "torus+dense", "the symbol first; small enough for its own matrix if that is loose", rtol)
+        return _plan(
+            operator, "torus+dense", "the symbol first; small enough for its own matrix if that is loose", rtol
+        )
     return _plan(operator, "torus", f"{side} unknowns a group are too many for its own matrix", rtol)
 
 
@@ -119,22 +121,19 @@ def _plan(operator: LinearOperator, method: str, reason: str, rtol: float) -> Pl
 
 def _cost(operator: LinearOperator, method: str, rtol: float) -> tuple[float, float]:
     """About the flops and the bytes of one method, or a refusal where it does not fit the operator."""
-    convolution = isinstance(operator, Conv | ConvTranspose)
-    if method in {"torus", "size-free", "banded"} and not convolution:
-        raise ArgumentError(f"method={method!r} is for convolutions, not for {type(operator).__name__}")
-    if convolution and method == "torus":
-        return torus_flops(operator), 2.0**27
-    if convolution and method == "size-free":
-        return size_free_flops(operator, rtol), 2.0**27
-    if convolution and method == "banded":
-        return banded_flops(operator)
+    if method in {"torus", "size-free", "banded"}:
+        if not isinstance(operator, Conv | ConvTranspose):
+            raise ArgumentError(f"method={method!r} is for convolutions, not for {type(operator).__name__}")
+        if method == "banded":
+            return banded_flops(operator)
+        return torus_flops(operator) if method == "torus" else size_free_flops(operator, rtol), 2.0**27
     if method == "structured":
         if not isinstance(operator, STRUCTURED):
             raise ArgumentError(f"method='structured' does not know {type(operator).__name__}")
         return float(operator.in_size + operator.out_size), 8.0 * (operator.in_size + operator.out_size)
     rows, columns = operator.out_size, operator.in_size
     if method == "lanczos":
-        steps = min(steps_needed(min(rows, columns), rtol, 1e-12), min(rows, columns))
+        steps = min(steps_needed(min(rows, columns), rtol, 1e-12), rows, columns)
         return 4.0 * steps * operator.terms * rows, 8.0 * min(rows, columns) * (steps + 8)
     groups = operator.conv.groups if isinstance(operator, ConvTranspose) else getattr(operator, "groups", 1)
     rows, columns = rows // groups, columns // groups

@@ -14,7 +14,7 @@ from opnorm.norms.banded import banded_norm
 from opnorm.norms.convolution import dense_convolution_norm, row_sum_norm
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.fourier import size_free_norm, torus_norm
-from opnorm.norms.lp import Order, lp_norm, parse_order
+from opnorm.norms.lp import L2, Order, lp_norm, parse_order
 from opnorm.norms.materialised import materialised_norm, matrix_of
 from opnorm.norms.probable import estimated_norm, probable_norm
 from opnorm.norms.scaling import normalised
@@ -29,7 +29,7 @@ def norm(
     x: Tensor | nn.Module | LinearOperator,
     *,
     input_shape: tuple[int, ...] | None = None,
-    ord: float | tuple[float, float] = 2,  # noqa: A002 - the name that torch uses
+    ord: float | tuple[float, float] = 2,
     rtol: float | None = None,
     guarantee: Guarantee = "proved",
     method: Method = "auto",
@@ -72,7 +72,7 @@ def norm(
         >>> layer = torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
         >>> opnorm.norm(layer, input_shape=(3, 32, 32)).met
         True
-    """  # noqa: DOC502 - most are raised further down
+    """
     operator = as_operator(x, input_shape)
     order = parse_order(ord)
     tolerance = rtol if rtol is not None else 1e-3 if guarantee == "probable" else 1e-6
@@ -80,7 +80,7 @@ def norm(
         raise ArgumentError(f"rtol={rtol!r}: the target for the gap is a positive number")
     if not 0 < failure_probability < 1:
         raise ArgumentError(f"failure_probability={failure_probability!r}: it lies between 0 and 1")
-    if order != (2, 2):
+    if order != L2:
         return _other_norm(operator, order, tolerance, method)
     return measure(operator, tolerance, guarantee, method, failure_probability)
 
@@ -116,7 +116,7 @@ def measure(
 
     Raises:
         ArgumentError: if the method does not fit.
-    """  # noqa: DOC502 - raised by select
+    """
     plan = select(operator, rtol=rtol, guarantee=guarantee, method=method)
     best: Enclosure | None = None
     for name in plan.method.split("+"):
@@ -124,8 +124,7 @@ def measure(
         best = found if best is None else best.meet(found)
         if best.met:
             break
-    if best is None:
-        raise AssertionError(f"the plan {plan} names no method")
+    assert best is not None, plan  # every plan names a method
     return best
 
 
@@ -221,4 +220,6 @@ def _on_float64(operator: LinearOperator) -> LinearOperator:
         case ConvTranspose():
             return replace(operator, conv=replace(operator.conv, weight=operator.conv.weight.cpu()))
         case _:
-            raise ArgumentError(f"{operator.device} has no float64; move the {type(operator).__name__} to the CPU first")
+            raise ArgumentError(
+                f"{operator.device} has no float64; move the {type(operator).__name__} to the CPU first"
+            )
