@@ -17,7 +17,7 @@ help:
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make docs    the documentation, into site/"
 	@echo "make bench   the measurements behind the README, into benchmarks/results/"
-	@echo "make wheel   the distribution, and a check that it carries the package's data"
+	@echo "make wheel   the distribution, and a check that it carries every file of the package"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,7 +47,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 docs: $(DEV)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "documentation: site/index.html"
 
 bench: $(DEV)
@@ -56,7 +56,9 @@ bench: $(DEV)
 wheel: $(DEV)
 	rm -rf dist
 	$(PIP) wheel -q --no-deps -w dist .
-	$(BIN)/python -m zipfile -l dist/opnorm-*.whl
+	@(cd src && find opnorm -type f ! -name '*.pyc') | LC_ALL=C sort > dist/expected
+	@$(BIN)/python -m zipfile -l dist/opnorm-*.whl | awk '/^opnorm\// {print $$1}' | LC_ALL=C sort > dist/carried
+	@diff dist/expected dist/carried && echo "the wheel carries all $$(wc -l < dist/carried) files of the package"
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

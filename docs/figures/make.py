@@ -50,7 +50,7 @@ def gain() -> None:
         ax.set_title(title, fontsize=11)
         ax.set_aspect("equal")
         ax.axis("off")
-    save("gain", 7, 3)
+    save("gain", 7, 2.4)
 
 
 def convolution_norm(kernel: np.ndarray, size: int, steps: int = 300) -> float:
