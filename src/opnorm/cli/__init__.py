@@ -1,0 +1,1 @@
+"""The command line. Each command imports torch when it runs, never before."""
