@@ -5,45 +5,51 @@
      "untouched": [{"name", "shape", "dtype", "sha256", "reason"}, ...],
      "sha256": "of the canonical JSON of all the rest"}
 
-A reading is `{"kind": "matrix"}`, `{"kind": "slices"}` (each matrix of a 3-D tensor by itself), or
-`{"kind": "convolution", "grid": [...], "depth": n}`: the convolution with this kernel (c_out, c_in, *taps), for every
-input size, stride, dilation, grouping and zero padding, and its transpose; `grid` and `depth` steer the verifier.
+A reading is one of
+
+* `{"kind": "matrix"}`: a matrix; leading axes of length one are dropped;
+* `{"kind": "blocks", "rows": [m1, m2, ...]}`: consecutive blocks of the first axis, each a matrix by itself;
+* `{"kind": "convolution", "grid": [...], "depth": n}`: the convolution with this kernel (c_out, c_in, *taps) and its
+  transpose, for every input size, stride, dilation, grouping and zero padding; `grid` and `depth` steer the verifier.
 """
 
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
-from opnorm.errors import CertificateFormatError
+from opnorm.errors import CertificateError, CertificateFormatError
 
 FORMAT = "opnorm-certificate"
 SCHEMA = 1
 LARGEST = 256 * 2**20  # bytes of JSON
 MAX_GRID, MAX_DEPTH = 2**16, 12  # of a convolution
+READING_KEYS = {"matrix": {"kind"}, "blocks": {"kind", "rows"}, "convolution": {"kind", "grid", "depth"}}
 
 Mode = Literal["divide", "clip"]
-Kind = Literal["matrix", "slices", "convolution"]
+Kind = Literal["matrix", "blocks", "convolution"]
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.complex32,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-        torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
-    )
-}  # fmt: skip
+DTYPES = frozenset({"float64", "float32", "float16", "bfloat16", "complex64", "complex128"})
+"""Of tensors with a bound; what is untouched may have any."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """As which linear map a tensor is read; `grid` and `depth` are those of a convolution's search over frequencies."""
+    """As which linear map a tensor is read.
+
+    Attributes:
+        kind: see above.
+        rows: of each block.
+        grid: how many cells the frequencies of a convolution are cut into at first, per axis; powers of two.
+        depth: how often a cell may be halved.
+    """
 
     kind: Kind
+    rows: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
     depth: int = 0
 
@@ -101,10 +107,17 @@ class Certificate:
 
 
 def identify(name: str, tensor: Tensor) -> Identity:
-    """Return name, shape, dtype and the SHA-256 of the bytes in row-major, little-endian order."""
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    raw = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
-    digest = hashlib.sha256(raw.numpy().data).hexdigest()
+    """Return name, shape, dtype and the SHA-256 of the bytes in row-major order.
+
+    Raises:
+        CertificateError: if the tensor has no plain bytes (sparse, quantised, on the meta device).
+    """
+    try:
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        raw = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+        digest = hashlib.sha256(raw.numpy().data).hexdigest()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise CertificateError(f"{name!r} is no plain tensor, and its bytes cannot be certified ({error})") from error
     return Identity(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), digest)
 
 
@@ -154,8 +167,8 @@ def _digest(body: dict[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Tuples become lists, and a reading keeps only what its kind needs."""
     if isinstance(value, dict):
-        bare = value.get("kind") in ("matrix", "slices")
-        return {"kind": value["kind"]} if bare else {key: _plain(item) for key, item in value.items()}
+        wanted = READING_KEYS[value["kind"]] if "kind" in value else value.keys()
+        return {key: _plain(item) for key, item in value.items() if key in wanted}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -176,27 +189,35 @@ def _untouched(entry: Any) -> Untouched:
 def _identity(entry: dict[str, Any]) -> Identity:
     name = _string(entry["name"], "name")
     shape = tuple(_count(size, f"the shape of {name!r}", 2**48) for size in _list(entry["shape"], "shape"))
-    if entry["dtype"] not in DTYPES:
-        _refuse(f"the dtype {entry['dtype']!r} of {name!r} is unknown")
-    return Identity(name, shape, entry["dtype"], _string(entry["sha256"], "sha256"))
+    return Identity(name, shape, _string(entry["dtype"], "dtype"), _string(entry["sha256"], "sha256"))
 
 
 def _reading(value: Any, of: Identity) -> Reading:
-    kind = value.get("kind") if isinstance(value, dict) else None
-    dims = len(of.shape)
-    fits = {"matrix": dims == 2, "slices": dims == 3, "convolution": 3 <= dims <= 5}
-    if kind not in fits or not fits[kind]:
-        _refuse(f"{of.name!r} of shape {of.shape} cannot be read as {kind!r}")
-    if not DTYPES[of.dtype].is_floating_point and not DTYPES[of.dtype].is_complex:
+    kind: Any = value.get("kind") if isinstance(value, dict) else None
+    if kind not in get_args(Kind):
+        _refuse(f"{of.name!r} is read as {kind!r}, not as one of {', '.join(get_args(Kind))}")
+    if of.dtype not in DTYPES:
         _refuse(f"{of.name!r} of dtype {of.dtype} is no linear map")
-    if kind != "convolution":
-        _keys(value, {"kind"}, f"the reading of {of.name!r}")
-        return Reading(cast(Kind, kind))
-    _keys(value, {"kind", "grid", "depth"}, f"the reading of {of.name!r}")
-    grid = tuple(_count(n, f"the grid of {of.name!r}", MAX_GRID) for n in _list(value["grid"], "grid"))
-    if len(grid) != dims - 2 or any(n.bit_count() != 1 for n in grid):
-        _refuse(f"the grid of {of.name!r} must have one power of two per axis")
-    return Reading("convolution", grid, _count(value["depth"], f"the depth of {of.name!r}", MAX_DEPTH))
+    _keys(value, READING_KEYS[kind], f"the reading of {of.name!r}")
+
+    def counts(key: str, largest: int) -> tuple[int, ...]:
+        return tuple(_count(n, f"{key} of {of.name!r}", largest) for n in _list(value.get(key, []), key))
+
+    depth = _count(value.get("depth", 0), f"depth of {of.name!r}", MAX_DEPTH)
+    reading = Reading(kind, counts("rows", 2**48), counts("grid", MAX_GRID), depth)
+    if not _fits(reading, of.shape):
+        _refuse(f"{of.name!r} of shape {of.shape} cannot be read as {value!r}")
+    return reading
+
+
+def _fits(reading: Reading, shape: tuple[int, ...]) -> bool:
+    dims = len(shape)
+    if reading.kind == "matrix":
+        return dims >= 2 and all(size == 1 for size in shape[:-2])
+    if reading.kind == "blocks":
+        matrices = dims == 2 or (dims == 3 and set(reading.rows) == {1})
+        return matrices and sum(reading.rows) == shape[0] and 0 not in reading.rows
+    return dims in (3, 4, 5) and len(reading.grid) == dims - 2 and all(n.bit_count() == 1 for n in reading.grid)
 
 
 def _keys(value: Any, expected: set[str], where: str) -> None:

@@ -38,7 +38,7 @@ def reading_of_kernel(shape: tuple[int, ...], depth: int = 7) -> Reading:
     """Return how the verifier shall search the frequencies of a kernel (c_out, c_in, *taps): coarse cells, halvings."""
     axes = len(shape) - 2
     grid = tuple(1 if taps == 1 else 2 ** math.ceil(math.log2(2 * axes * (taps - 1) + 2)) for taps in shape[2:])
-    return Reading("convolution", tuple(min(n, MAX_GRID) for n in grid), depth)
+    return Reading("convolution", grid=tuple(min(n, MAX_GRID) for n in grid), depth=depth)
 
 
 def proves(weight: Tensor, reading: Reading, bound: float) -> bool:
@@ -71,10 +71,9 @@ def proves(weight: Tensor, reading: Reading, bound: float) -> bool:
     if not largest <= bound < math.inf:  # no entry can exceed the norm; after this, none is above 1 when scaled
         return False
     target, exponent = math.frexp(bound)
-    if reading.kind == "matrix":
-        return _matrix_within(weight, exponent, target)
-    if reading.kind == "slices":
-        return all(not bool(part.any()) or _matrix_within(part, exponent, target) for part in weight)
+    if reading.kind != "convolution":
+        parts = torch.split(weight, list(reading.rows)) if reading.kind == "blocks" else [weight]
+        return all(_matrix_within(part.reshape(part.shape[-2:]), exponent, target) for part in parts)
     return _kernel_within(_scaled(weight, exponent), reading, target)
 
 
