@@ -4,7 +4,7 @@ from torch import nn
 
 from opnorm.errors import InputShapeError
 from opnorm.layers.registry import Shape, register_layer
-from opnorm.layers.shapes import needs_size, sizes_of
+from opnorm.layers.shapes import refuse_missing, sizes_of
 from opnorm.layers.weights import read_weight
 from opnorm.operators import Conv, ConvTranspose
 from opnorm.operators.conv import PaddingMode
@@ -91,8 +91,8 @@ def _check_every_size(name: str, operator: Conv) -> None:
     """Refuse paddings for which the size-free supremum of the symbol is no bound."""
     example = f"input_shape=({operator.weight.shape[1] * operator.groups}, *sizes)"
     if operator.mode in {"reflect", "replicate"}:
-        raise needs_size(name, f"{operator.mode} padding repeats samples, as many as the size allows", example)
+        refuse_missing(name, f"{operator.mode} padding repeats samples, as many as the size allows", example)
     if operator.mode == "circular":
         axes = zip(operator.padding, operator.reach, strict=True)
         if any(sum(pair) > reach for pair, reach in axes):
-            raise needs_size(name, "its circular padding makes the output longer than the input", example)
+            refuse_missing(name, "its circular padding makes the output longer than the input", example)

@@ -79,7 +79,7 @@ def to_operator(module: nn.Module, input_shape: Shape | None = None) -> LinearOp
         >>> from opnorm.layers import to_operator
         >>> to_operator(torch.nn.Conv2d(3, 8, 3, padding=1), (3, 32, 32)).out_shape
         (8, 32, 32)
-    """  # noqa: DOC502 - the rules raise most of them
+    """
     _check_unchanged(module)
     shape = None if input_shape is None else tuple(int(n) for n in input_shape)
     return _rule(module, shape)

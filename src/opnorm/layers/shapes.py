@@ -1,5 +1,8 @@
 """Checks of `input_shape`, with messages that say what fits."""
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 from opnorm.errors import InputShapeError
 
 
@@ -16,6 +19,15 @@ def sizes_of(name: str, shape: tuple[int, ...], channels: int | None, dims: int)
     return shape[1:]
 
 
-def needs_size(name: str, why: str, example: str) -> InputShapeError:
-    """Return the error for a missing `input_shape`."""
-    return InputShapeError(f"the norm of {name} depends on the size of its input ({why}); give {example}")
+def refuse_missing(name: str, why: str, example: str) -> NoReturn:
+    """Refuse a missing `input_shape`.
+
+    Raises:
+        InputShapeError: always.
+    """
+    raise InputShapeError(f"the norm of {name} depends on the size of its input ({why}); give {example}")
+
+
+def per_axis(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """Return one number for each axis, from one for all of them or from as many."""
+    return (value,) * dims if isinstance(value, int) else tuple(value)

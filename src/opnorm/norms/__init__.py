@@ -1,5 +1,6 @@
-"""Operator -> Enclosure, one algorithm a file."""
+"""Operator -> Enclosure, one algorithm a file, and `select`, which says which would be used and why."""
 
-from opnorm.norms.dense import dense_norm
+from opnorm.norms.norm import measure, norm
+from opnorm.norms.select import METHODS, Plan, select
 
-__all__ = ["dense_norm"]
+__all__ = ["METHODS", "Plan", "measure", "norm", "select"]

@@ -16,7 +16,7 @@ from opnorm.norms.lanczos import lanczos
 from opnorm.norms.materialised import matrix_of
 from opnorm.norms.memory import require_memory
 from opnorm.norms.scaling import normalised
-from opnorm.operators import Conv, Dense
+from opnorm.operators import Conv, ConvTranspose, Dense
 
 _STEPS = 220
 _ATTEMPTS = 8
@@ -65,6 +65,15 @@ def banded_norm(conv: Conv, *, rtol: float) -> Enclosure:
             )
         shift *= 10
     return Enclosure(rounding.ldexp_down(lower, exponent), math.inf, "proved", "banded", rtol)
+
+
+def banded_flops(operator: Conv | ConvTranspose) -> tuple[float, float]:
+    """About how many floating-point operations and bytes `banded_norm` takes."""
+    conv = operator.conv if isinstance(operator, ConvTranspose) else operator
+    height = max(1, conv.reach[0])
+    block = float(conv.in_size // conv.sizes[0] * height)
+    pieces = -(-conv.sizes[0] // height)
+    return pieces * 10 / 3 * block**3, 8 * block**2 * (2 * pieces + 4)
 
 
 def _row_grams(conv: Conv) -> tuple[dict[tuple[int, int], Tensor], float]:

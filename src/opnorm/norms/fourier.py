@@ -67,15 +67,20 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     `M <= max_grid sigma / prod cos(pi tau_i / N_i)`.
 
     Args:
-        operator: any zero-padded convolution; the sizes it may carry are not used.
+        operator: any zero-padded convolution, or a circular one whose output is no longer than its input; the sizes
+            it may carry are not used.
         rtol: target for the gap; grids are not refined below a slack of 0.4 %.
 
     Raises:
+        InputShapeError: where no bound holds for every size: other paddings.
         WeightError: if the weight holds NaN or infinite values.
     """
     conv = _as_conv(operator)
     require_ieee_arithmetic()
-    if conv.mode != "zeros":
+    if conv.mode == "circular" and all(sum(pair) <= reach for pair, reach in zip(conv.padding, conv.reach, strict=True)):
+        # Any circular convolution samples the symbol of stride 1; its strided blocks need a stride that divides n.
+        conv = replace(conv, stride=(1,) * conv.dims)
+    elif conv.mode != "zeros":
         raise InputShapeError(f"{conv.mode} padding has no bound for every input size; give input_shape")
     scaled, exponent = normalised(conv.weight)
     if not scaled.any():
@@ -91,6 +96,27 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     return Enclosure(
         rounding.ldexp_down(peak.lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "size-free", rtol, note=note
     )
+
+
+def torus_flops(operator: Conv | ConvTranspose) -> float:
+    """About how many floating-point operations `torus_norm` takes."""
+    conv = _as_conv(operator)
+    return _symbol_flops(conv, math.prod(conv.sizes if conv.mode == "circular" else torus_sizes(conv)[0]))
+
+
+def size_free_flops(operator: Conv | ConvTranspose, rtol: float) -> float:
+    """About how many floating-point operations `size_free_norm` takes."""
+    conv = _as_conv(operator)
+    types = [(k - 1) / 2 for k in conv.kernel]
+    return _symbol_flops(conv, math.prod(size_free_grid(types, conv.stride, max(_SIZE_FREE_SLACK, rtol / 2))))
+
+
+def _symbol_flops(conv: Conv, points: int) -> float:
+    """Half the spectrum, for each block a symbol, a Gram matrix by real products and a complex factorisation."""
+    rows, columns = conv.weight.shape[0] // conv.groups, conv.weight.shape[1] * math.prod(conv.stride)
+    side, length = min(rows, columns), max(rows, columns)
+    block = 4.0 * rows * columns * math.prod(conv.kernel) + 6.0 * side * side * length + 4 / 3 * side**3
+    return block * conv.groups * points / (2 * math.prod(conv.stride))
 
 
 def size_free_grid(types: list[float], stride: tuple[int, ...], slack: float) -> tuple[int, ...]:
