@@ -11,16 +11,19 @@ if TYPE_CHECKING:
     from opnorm import errors, layers, norms, operators
     from opnorm._enclosure import Enclosure
     from opnorm.norms import norm
+    from opnorm.rewrite import normalize_checkpoint, verify
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",
     "norm": "opnorm.norms",
+    "normalize_checkpoint": "opnorm.rewrite",
+    "verify": "opnorm.rewrite",
 }
 _MODULES = frozenset({"errors", "layers", "norms", "operators"})
 
-__all__ = ["Enclosure", "errors", "layers", "norm", "norms", "operators"]
+__all__ = ["Enclosure", "errors", "layers", "norm", "normalize_checkpoint", "norms", "operators", "verify"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of a lazily resolved name is declared above
