@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opnorm import errors, layers, norms, operators
+    from opnorm import checkpoint, errors, layers, norms, operators
     from opnorm._enclosure import Enclosure
+    from opnorm.auditing import Report, audit
     from opnorm.norms import norm
     from opnorm.rewrite import normalize_checkpoint, verify
 
@@ -17,13 +18,27 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",
+    "Report": "opnorm.auditing",
+    "audit": "opnorm.auditing",
     "norm": "opnorm.norms",
     "normalize_checkpoint": "opnorm.rewrite",
     "verify": "opnorm.rewrite",
 }
-_MODULES = frozenset({"errors", "layers", "norms", "operators"})
+_MODULES = frozenset({"checkpoint", "errors", "layers", "norms", "operators"})
 
-__all__ = ["Enclosure", "errors", "layers", "norm", "normalize_checkpoint", "norms", "operators", "verify"]
+__all__ = [
+    "Enclosure",
+    "Report",
+    "audit",
+    "checkpoint",
+    "errors",
+    "layers",
+    "norm",
+    "normalize_checkpoint",
+    "norms",
+    "operators",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of a lazily resolved name is declared above

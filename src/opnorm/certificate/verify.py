@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -31,14 +32,14 @@ class Verification:
 def verify_weights(
     certificate: Certificate | str | bytes,
     weights: Weights,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Verification:
     """Prove again everything that a certificate claims of `weights`.
 
     Args:
         certificate: as parsed, or its JSON text.
         weights: a state dict, or pairs of name and tensor, read one after another.
-        progress: called with the name of each tensor before it is checked.
+        progress: called before each tensor with the elements done, all elements, and its name.
 
     Returns:
         What was proved. The call returns only if all of it holds.
@@ -60,15 +61,18 @@ def verify_weights(
         certificate = parse(certificate)
     claims: dict[str, Bounded | Untouched] = {c.name: c for c in certificate.tensors}
     claims |= {c.name: c for c in certificate.untouched}
+    total, done = sum(prod(claim.shape) for claim in claims.values()), 0
     checked: list[str] = []
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
-        progress(name)
+        if progress is not None:
+            progress(done, total, name)
         claim = claims.pop(name, None)
         if claim is None:
             twice = "comes twice" if name in checked else "is not mentioned in the certificate"
             raise CertificateError(f"{name!r} {twice}; the certificate is not of these weights")
         _check(claim, tensor, certificate.lipschitz)
         checked.append(name)
+        done += prod(claim.shape)
     if claims:
         raise CertificateError(f"{min(claims)!r} is in the certificate, but not among the weights")
     return Verification(

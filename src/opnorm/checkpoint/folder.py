@@ -58,12 +58,13 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         index = json.loads(path.read_text(encoding="utf-8"))
         weight_map = index["weight_map"]
         metadata = index.get("metadata") or {}
-        if not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
-            raise TypeError("weight_map does not map names to names")
+        names = [text for pair in weight_map.items() for text in pair]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not an index of shards ({type(error).__name__}: {error})") from error
+    if not all(isinstance(text, str) for text in names):
+        raise CheckpointError(f"{path}: not an index of shards (weight_map does not map names to names)")
     for shard in set(weight_map.values()):
         if Path(shard).name != shard or "\\" in shard or shard in {"", ".", ".."}:
             raise CheckpointError(f"{path}: names the shard {shard!r}, which is not a file of its folder; refused")

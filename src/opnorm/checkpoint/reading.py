@@ -1,8 +1,11 @@
 """A path -> a checkpoint: which reader, canonical names, and the weights that are stored in parts."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+
+from torch import Tensor
 
 from opnorm.checkpoint.derived import recompose
 from opnorm.checkpoint.detect import kind_of
@@ -10,6 +13,7 @@ from opnorm.checkpoint.entry import Checkpoint
 from opnorm.checkpoint.folder import INDEX_SUFFIX, checkpoint_in, open_sharded
 from opnorm.checkpoint.names import canonical_names
 from opnorm.checkpoint.safe import open_safetensors
+from opnorm.checkpoint.tensors import from_state
 from opnorm.checkpoint.torchfile import open_torch
 from opnorm.errors import CheckpointError
 
@@ -32,7 +36,16 @@ def open_checkpoint(path: str | PathLike[str], part: str = "") -> Checkpoint:
         ...     [(entry.name, entry.shape, entry.dtype) for entry in open_checkpoint(folder).entries]
         [('fc.weight', (2, 2), 'float32')]
     """
-    stored = open_stored(locate(path), part)
+    return named(open_stored(locate(path), part))
+
+
+def open_state(state: Mapping[str, Tensor], label: str) -> Checkpoint:
+    """Read a state dict in memory like a file; `label` says what it is of."""
+    return named(from_state(state, label))
+
+
+def named(stored: Checkpoint) -> Checkpoint:
+    """Give the entries canonical names, and put weights together that are stored in parts."""
     names = canonical_names(name for entry in stored.entries for name in (entry.name, *entry.aliases))
     entries = (
         replace(entry, name=names[entry.name], aliases=tuple(names[alias] for alias in entry.aliases))
@@ -49,11 +62,10 @@ def locate(path: str | PathLike[str]) -> Path:
     """
     place = Path(path)
     try:
-        return checkpoint_in(place) if place.is_dir() else place
+        folder = place.is_dir()
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path!r}: cannot be read ({error})") from error
+        raise CheckpointError(f"{place}: cannot be read ({error})") from error
+    return checkpoint_in(place) if folder else place
 
 
 def open_stored(path: Path, part: str = "") -> Checkpoint:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from opnorm.checkpoint import nested
-from opnorm.checkpoint.dtypes import reason_unusable
-from opnorm.checkpoint.entry import Checkpoint, Entry, Left
+from opnorm.checkpoint.entry import Checkpoint, Left
+from opnorm.checkpoint.tensors import count_elements, entry_of, is_plain, merge_ties
 from opnorm.errors import CheckpointError
 
 _WAY_OUT = (
@@ -45,11 +45,13 @@ def open_torch(path: Path, part: str, *, legacy: bool) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
     # Weights first, so that one that is tied to a copy in another part counts as a weight.
     found.sort(key=lambda item: _left_of(item[0], choice) is not None)
-    merged = _merged(found)
-    entries = [_entry(paths, tensor, choice) for paths, tensor in merged if _left_of(paths[0], choice) is None]
+    merged = merge_ties(found)
+    entries = [
+        entry_of(paths, tensor, len(choice.prefix)) for paths, tensor in merged if _left_of(paths[0], choice) is None
+    ]
     if not entries:
         raise CheckpointError(f"{path}: the part {'.'.join(choice.prefix)!r} holds no tensors")
-    total = sum(_elements(tensor) for _, tensor in merged)
+    total = sum(count_elements(tensor) for _, tensor in merged)
     form = "torch (legacy)" if legacy else "torch"
     return Checkpoint(path, form, tuple(entries), _left(merged, choice), ".".join(choice.prefix), {}, total)
 
@@ -123,64 +125,13 @@ def _check_storages(tensors: list[Tensor], path: Path) -> None:
     """Refuse storages that claim more bytes than the file has; none of them has been touched yet."""
     claimed = {}
     for tensor in tensors:
-        if _plain(tensor):
+        if is_plain(tensor):
             storage = tensor.untyped_storage()
             claimed[storage.data_ptr()] = storage.nbytes()
     if sum(claimed.values()) > path.stat().st_size:
         raise CheckpointError(
             f"{path}: its tensors claim {sum(claimed.values())} bytes in a file of {path.stat().st_size}; it is damaged"
         )
-
-
-def _plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-
-
-def _elements(tensor: Tensor) -> int:
-    """Count the stored elements: a view that repeats its storage counts what is stored."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return sum(tensor._values().shape[:1]) if tensor.layout == torch.sparse_coo else 0
-    if tensor.device.type != "cpu":
-        return 0
-    return min(tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size())
-
-
-def _merged(found: list[tuple[nested.Path, Tensor]]) -> list[tuple[list[nested.Path], Tensor]]:
-    """Join the tensors that are the same memory, read in the same way."""
-    merged: dict[object, tuple[list[nested.Path], Tensor]] = {}
-    for index, (path, tensor) in enumerate(found):
-        identity: object = index
-        if _plain(tensor) and tensor.numel():
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype)
-            identity = (place, tuple(tensor.shape), tensor.stride())
-        merged.setdefault(identity, ([], tensor))[0].append(path)
-    return list(merged.values())
-
-
-def _entry(paths: list[nested.Path], tensor: Tensor, choice: nested.Choice) -> Entry:
-    names = [".".join(path[len(choice.prefix) :]) or ".".join(path) for path in paths]
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Entry(
-        name=names[0],
-        keys=(".".join(paths[0]),),
-        shape=tuple(tensor.shape),
-        dtype=dtype,
-        elements=_elements(tensor),
-        load=tensor.detach,
-        aliases=tuple(names[1:]),
-        unusable=_unusable(tensor, dtype),
-    )
-
-
-def _unusable(tensor: Tensor, dtype: str) -> str:
-    if tensor.is_quantized:
-        return f"{dtype}: quantised; the weights are codes times scales"
-    if not _plain(tensor):
-        kind = "on the meta device, without data" if tensor.device.type == "meta" else f"of layout {tensor.layout}"
-        return f"a tensor {kind}"
-    if tensor.numel() > _elements(tensor):
-        return f"a view that repeats {_elements(tensor)} stored elements"
-    return reason_unusable(dtype)
 
 
 def _left_of(path: nested.Path, choice: nested.Choice) -> nested.Path | None:
@@ -194,5 +145,5 @@ def _left(merged: list[tuple[list[nested.Path], Tensor]], choice: nested.Choice)
         part = _left_of(paths[0], choice)
         if part is not None:
             tensors, elements = counts[part]
-            counts[part] = (tensors + 1, elements + _elements(tensor))
+            counts[part] = (tensors + 1, elements + count_elements(tensor))
     return tuple(Left(".".join(part), *counts[part], choice.left[part]) for part in choice.left)

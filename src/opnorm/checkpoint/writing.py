@@ -30,7 +30,8 @@ def rewrite(src: str | PathLike[str], dst: str | PathLike[str], transform: Trans
     """Copy a checkpoint, asking `transform` once for every entry of it; parts that were left are copied as they are.
 
     safetensors are written tensor by tensor, with the header of the original byte for byte. Torch files keep their
-    structure and their ties; tensors stored on a GPU become CPU tensors. A folder becomes a folder, with its other files.
+    structure and their ties; tensors stored on a GPU become CPU tensors. A folder becomes a
+    folder, with its other files.
 
     Args:
         src: a file or folder that `open_checkpoint` reads.

@@ -12,7 +12,13 @@ from opnorm import __version__
 from opnorm.errors import OpnormError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("opnorm.cli.demo:demo", "The whole story in under a minute, on data that the package carries."),
     "audit": ("opnorm.cli.audit:audit", "Measure the norm of every weight in a checkpoint."),
+    "normalize": (
+        "opnorm.cli.normalize:normalize",
+        "Divide every weight of a checkpoint by its norm, with a certificate.",
+    ),
+    "verify": ("opnorm.cli.verify:verify", "Re-check a certificate without trusting the code that wrote it."),
 }
 """Name of a command -> (where it lives, what the list of commands says of it)."""
 
@@ -46,7 +52,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except OpnormError as error:
-            click.echo(f"opnorm: {' '.join(str(error).split())}", err=True)
+            click.echo(f"opnorm: {_one_line(str(error))}", err=True)
             sys.exit(EXIT_UNUSABLE)
         except BrokenPipeError:
             # Whoever read stdout has gone; without this the interpreter complains again when it flushes.
@@ -70,3 +76,9 @@ def main() -> None:
 
     Exit codes: 0 clean, 1 a rule of --fail-on was violated, 2 could not read, or wrong usage.
     """
+
+
+def _one_line(text: str) -> str:
+    """Join the lines, and write out what does not print: names in a hostile file must not steer the terminal."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)

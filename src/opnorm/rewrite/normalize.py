@@ -1,7 +1,7 @@
 """Dividing every weight of a checkpoint by its norm."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from opnorm import __version__
-from opnorm.audit.roles import Reading as Read
-from opnorm.audit.roles import Unread, parse_roles, read
+from opnorm.auditing.roles import Reading as Read
+from opnorm.auditing.roles import Unread, parse_roles, read
+from opnorm.auditing.run import Progress
 from opnorm.certificate.format import Bounded, Certificate, Identity, Mode, Reading, Untouched, identify
 from opnorm.checkpoint import Checkpoint, Entry, open_checkpoint, replacing, rewrite
 from opnorm.checkpoint.names import canonical
@@ -20,9 +21,6 @@ from opnorm.checkpoint.reading import locate, open_stored
 from opnorm.errors import ArgumentError, CheckpointError, OpnormError
 from opnorm.rewrite.outcome import Changed, Kept, Outcome
 from opnorm.rewrite.scaling import reading_of, scale
-
-Progress = Callable[[int, int, str], None]
-"""Called with the elements done, all elements, and the name of the tensor that comes next."""
 
 SUFFIX = ".certificate.json"
 
@@ -45,7 +43,7 @@ def normalize_checkpoint(
     skip: Sequence[str] = (),
     roles: Iterable[str] = (),
     part: str = "",
-    progress: Progress = lambda done, total, name: None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Write a checkpoint whose every matrix and convolution kernel has norm at most K, with a certificate of that.
 
@@ -102,7 +100,8 @@ def normalize_checkpoint(
     @torch.no_grad()
     def transform(entry: Entry) -> Tensor | None:
         nonlocal done
-        progress(done, checkpoint.elements, entry.name)
+        if progress is not None:
+            progress(done, checkpoint.elements, entry.name)
         done += entry.elements
         read = plan[entry.name]
         if isinstance(read, str):
@@ -120,7 +119,7 @@ def normalize_checkpoint(
         if isinstance(reason := plan[entry.name], str)
     )
     claimed = _certificate(open_stored(goal, part), claims, kept, lipschitz, mode)
-    beside = Path(certificate) if certificate is not None else goal.with_name(goal.name + SUFFIX)
+    beside = Path(certificate) if certificate is not None else Path(target).with_name(Path(target).name + SUFFIX)
     with replacing(beside) as file:
         file.write_text(claimed.to_json(), encoding="utf-8")
     return Outcome(Path(source), Path(target), beside, claimed, tuple(changed), kept, checkpoint.left)

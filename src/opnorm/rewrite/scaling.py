@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opnorm._enclosure import Enclosure
-from opnorm.audit import measure, roles
+from opnorm.auditing import measure, roles
 from opnorm.certificate.format import Mode, Reading
 from opnorm.certificate.weights import proves, reading_of_kernel
 from opnorm.norms.casting import scale_to_bound

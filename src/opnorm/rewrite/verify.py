@@ -17,7 +17,7 @@ def verify(
     weights: str | PathLike[str] | nn.Module | Weights,
     *,
     part: str = "",
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Verification:
     """Prove again everything that a certificate claims of some weights.
 
@@ -28,7 +28,7 @@ def verify(
         certificate: its path, or as parsed.
         weights: the path of a checkpoint, a model, a state dict, or pairs of name and tensor.
         part: of a nested torch file, such as "ema".
-        progress: called with the name of each tensor before it is checked.
+        progress: called before each tensor with the elements done, all elements, and its name.
 
     Returns:
         What was proved. The call returns only if all of it holds.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from opnorm._enclosure import Enclosure, Guarantee
-from opnorm.operators import Conv
+from opnorm.norms import norm
+from opnorm.operators import Conv, LinearOperator
 
 _CHUNK = 1 << 20
 """Elements that are held in float64 at a time."""
@@ -36,23 +37,19 @@ def count_nonfinite(tensor: Tensor) -> tuple[int, int]:
     return int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
 
 
-def enclose(tensor: Tensor, *, kernel: bool, rtol: float, guarantee: Guarantee) -> Enclosure:
-    """Enclose the norm of a matrix, or of a convolution with this kernel for every input size.
+def enclose(x: Tensor | LinearOperator, *, kernel: bool, rtol: float, guarantee: Guarantee) -> Enclosure:
+    """Enclose the norm of a matrix, of an operator, or of the convolution with a kernel for every input size.
 
     Args:
-        tensor: shape (m, n), or (c_out, c_in, *kernel).
-        kernel: whether it is a convolution's.
+        x: a matrix of shape (m, n), a kernel of shape (c_out, c_in, *taps), or an operator.
+        kernel: whether a tensor is a kernel.
         rtol: a target for the gap.
         guarantee: what the upper end must hold.
     """
-    from opnorm.norms import norm
-
-    if not kernel:
-        return norm(tensor, rtol=rtol, guarantee=guarantee)
-    dims = tensor.dim() - 2
-    ones = (1,) * dims
-    operator = Conv(tensor, spatial=None, stride=ones, padding=((0, 0),) * dims, dilation=ones)
-    return norm(operator, rtol=rtol, guarantee=guarantee)
+    if kernel and isinstance(x, Tensor):
+        ones = (1,) * (x.dim() - 2)
+        x = Conv(x, spatial=None, stride=ones, padding=((0, 0),) * len(ones), dilation=ones)
+    return norm(x, rtol=rtol, guarantee=guarantee)
 
 
 def stable_rank(frobenius_norm: float, upper: float) -> float:

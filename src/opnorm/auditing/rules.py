@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from opnorm.audit.report import UNBOUNDED, Row, Skipped, Violation
+from opnorm.auditing.report import UNBOUNDED, Row, Skipped, Violation
 from opnorm.errors import ArgumentError
 
 FIELDS = ("upper", "lower", "gap", "frobenius", "stable_rank", "share", "elements")

@@ -10,8 +10,8 @@ from opnorm._enclosure import Enclosure, Guarantee
 SkipKind = Literal["vector", "dtype", "part", "nonfinite", "empty", "mask", "ambiguous", "failed", "left"]
 """Why something was not measured:
 `vector` (bias, scale, running statistic), `dtype` (integers, quantised, fp8), `part` (of another weight), `nonfinite`,
-`empty`, `mask`, `ambiguous` (which matrix is meant cannot be told), `failed` (an error), `left` (a part of a nested file
-that holds no weights of the model)."""
+`empty`, `mask`, `ambiguous` (which matrix is meant cannot be told), `failed` (an error), `left` (a part of a nested
+file that holds no weights of the model)."""
 
 UNBOUNDED: frozenset[SkipKind] = frozenset({"nonfinite", "failed", "ambiguous"})
 """Kinds that may hide a large norm: a rule about norms counts them as violations."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from opnorm.audit.report import SkipKind
+from opnorm.auditing.report import SkipKind
 from opnorm.errors import ArgumentError
 
 Shape = tuple[int, ...]
@@ -81,7 +81,9 @@ def parse_roles(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def read(name: str, shape: Shape, shapes: Mapping[str, Shape], given: Iterable[tuple[str, str]] = ()) -> Reading | Unread:
+def read(
+    name: str, shape: Shape, shapes: Mapping[str, Shape], given: Iterable[tuple[str, str]] = ()
+) -> Reading | Unread:
     """Decide how a tensor is read.
 
     Args:
