@@ -34,6 +34,7 @@ WIDE = 1_000_000
 )
 @click.option("--part", default="", metavar="NAME", help="Part of a nested torch file to take, such as ema.")
 def normalize(
+    *,
     checkpoint: Path,
     output: Path,
     lipschitz: float,
@@ -79,7 +80,9 @@ def normalize(
     if outcome.changed:
         console.print(_changed(outcome, narrow=console.is_terminal))
     if outcome.kept or outcome.left:
+        console.print("\ncopied as they are", style="italic")
         console.print(_copied(outcome))
+        console.print()
     console.print(Text(printable(_summary(outcome)), style="bold"))
     click.echo(f"wrote {output} and {outcome.certificate_path}", err=True)
     click.echo(f"re-check it with: opnorm verify {outcome.certificate_path} --weights {output}", err=True)
@@ -117,7 +120,7 @@ def _copied(outcome: "Outcome") -> "Table":
 
     from opnorm.render.text import printable
 
-    table = Table(title="\ncopied as they are", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensors", justify="right", no_wrap=True)
     table.add_column("elements", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")

@@ -13,13 +13,18 @@ EXIT_DOES_NOT_HOLD = 1
 @click.argument("certificate", type=click.Path(path_type=Path))
 @click.option("--weights", metavar="PATH", type=click.Path(path_type=Path), required=True, help="The checkpoint.")
 @click.option("--part", default="", metavar="NAME", help="Part of a nested torch file to take, such as ema.")
-def verify(certificate: Path, weights: Path, part: str) -> None:
+def verify(*, certificate: Path, weights: Path, part: str) -> None:
     """Prove again everything that CERTIFICATE claims of a checkpoint.
 
     The verifier forms its own products and factorises them; it shares no code with the search for the bounds but the
     lemma on Cholesky factorisations.
 
     Exit codes: 0 it holds, 1 it does not hold for these weights, 2 a file could not be read.
+    \f
+
+    Raises:
+        CertificateFormatError: if the certificate cannot be read.
+        SystemExit: with 1, if it does not hold.
     """
     from opnorm.errors import CertificateError, CertificateFormatError
     from opnorm.render.text import ceiling, printable
