@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from opnorm._enclosure import Enclosure
     from opnorm.auditing import Report, audit
     from opnorm.norms import norm
+    from opnorm.rewrite import normalize_checkpoint, verify
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,8 @@ _HOME = {
     "Report": "opnorm.auditing",
     "audit": "opnorm.auditing",
     "norm": "opnorm.norms",
+    "normalize_checkpoint": "opnorm.rewrite",
+    "verify": "opnorm.rewrite",
 }
 _MODULES = frozenset(
     {
@@ -47,9 +50,11 @@ __all__ = [
     "errors",
     "layers",
     "norm",
+    "normalize_checkpoint",
     "norms",
     "operators",
     "testing",
+    "verify",
 ]
 
 
