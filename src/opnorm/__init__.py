@@ -8,19 +8,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opnorm import errors, layers, norms, operators, testing
+    from opnorm import (
+        checkpoint,
+        errors,
+        layers,
+        norms,
+        operators,
+        testing,
+    )
     from opnorm._enclosure import Enclosure
+    from opnorm.auditing import Report, audit
     from opnorm.norms import norm
+    from opnorm.rewrite import normalize_checkpoint, verify
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",
+    "Report": "opnorm.auditing",
+    "audit": "opnorm.auditing",
     "norm": "opnorm.norms",
+    "normalize_checkpoint": "opnorm.rewrite",
+    "verify": "opnorm.rewrite",
 }
-_MODULES = frozenset({"errors", "layers", "norms", "operators", "testing"})
+_MODULES = frozenset(
+    {
+        "checkpoint",
+        "errors",
+        "layers",
+        "norms",
+        "operators",
+        "testing",
+    }
+)
 
-__all__ = ["Enclosure", "errors", "layers", "norm", "norms", "operators", "testing"]
+__all__ = [
+    "Enclosure",
+    "Report",
+    "audit",
+    "checkpoint",
+    "errors",
+    "layers",
+    "norm",
+    "normalize_checkpoint",
+    "norms",
+    "operators",
+    "testing",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
