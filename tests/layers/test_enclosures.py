@@ -9,6 +9,7 @@ from torch import nn
 
 from cases import LAYERS, WEIGHTED, WEIGHTS, Case, assert_encloses, by_name, module_matrix
 from opnorm import norm
+from opnorm.operators import Composed, Dense, Diagonal, Scaled
 
 
 @pytest.mark.parametrize("case", **by_name(LAYERS))
@@ -76,6 +77,7 @@ EVERY_SIZE = [
     (nn.BatchNorm2d(2).eval(), [(2, 3, 1)]),
     (nn.Upsample(scale_factor=(4,)), [(2, n) for n in (1, 2, 5)]),
     (nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3).eval()), [(2, 2, 2), (2, 4, 5)]),
+    (nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.Linear(3, 2)), [(3,)]),
 ]
 
 
@@ -90,9 +92,27 @@ def test_every_size_is_below_the_bound_for_every_size(layer: nn.Module, shapes) 
 def test_compositions_survive_small_and_large_weights() -> None:
     """Products of the parts' entries under- or overflow where the norm is asked for, and must stay enclosed."""
     for size in (1e-200, 1.0000001e-160, 1e-120, 1e120):
-        layers = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
-        with torch.no_grad():
-            for layer in layers:
-                layer.weight.copy_(size * torch.eye(2, dtype=torch.float64))
-        found = norm(layers, input_shape=(2,))
-        assert Fraction(found.lower) <= Fraction(layers[0].weight[0, 0].item()) ** 2 <= Fraction(found.upper)
+        weight = size * torch.eye(2, dtype=torch.float64)
+        truth = Fraction(weight[0, 0].item()) ** 2 / 7
+        parts = (Dense(weight), Dense(weight))
+        for operator in (
+            Scaled(Composed(parts), Fraction(1, 7)),
+            Composed((*parts, Scaled(Dense(torch.eye(2)), Fraction(1, 7)))),
+            Composed((Composed(parts), Diagonal(torch.full((2,), 4.0)), Scaled(Dense(torch.eye(2)), Fraction(1, 28)))),
+        ):
+            found = norm(operator)
+            assert Fraction(found.lower) <= truth <= Fraction(found.upper)
+            assert found.met or size < 1e-150  # subnormal ends are coarse
+
+
+def test_compositions_of_cancelling_parts_are_enclosed() -> None:
+    """The parts are of the order of one and their product is far below what float64 resolves beside one."""
+    tiny = 2.0**-600
+    first = torch.tensor([[tiny, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    second = torch.tensor([[tiny, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    found = norm(Composed((Dense(first), Dense(second))))  # the product: [[tiny**2, 0], [tiny, 0]]
+    square = Fraction(tiny) ** 4 + Fraction(tiny) ** 2
+    assert Fraction(found.lower) ** 2 <= square <= Fraction(found.upper) ** 2
+    last = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    found = norm(Composed((Dense(first), Dense(second), Dense(last))))  # tiny**2 underflows
+    assert Fraction(found.lower) <= Fraction(tiny) ** 2 <= Fraction(found.upper)

@@ -73,7 +73,13 @@ def test_entries_of_compositions() -> None:
     assert_near(Composed((Dense(first), Dense(second))), exact)
 
 
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=4).flatmap(lambda s: st.tuples(st.just(s), st.permutations(range(len(s))))))
+@st.composite
+def splits_and_orders(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    split = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    return split, draw(st.permutations(range(len(split))))
+
+
+@given(splits_and_orders())
 def test_permutations_are_permutations(drawn: tuple[list[int], list[int]]) -> None:
     split, order = drawn
     operator = Permutation((prod(split),), tuple(split), tuple(order), tuple(split[axis] for axis in order))
