@@ -110,13 +110,18 @@ def _check_unchanged(module: nn.Module) -> None:
     changed = next((method for method in _OVERRIDES if method in vars(module)), None)
     if changed:
         raise UnsupportedLayerError(f"this {name} has its own {changed}, set on the instance; {way_out}")
-    hooks = [*module._forward_hooks.values()]
-    hooks += [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, WEIGHT_HOOKS)]
-    if hooks:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    foreign = [hook for hook in hooks if not _keeps_the_map(hook)]
+    if foreign:
         raise UnsupportedLayerError(
-            f"this {name} has forward hooks ({', '.join(map(_hook_name, hooks))}), which may change what it computes; "
-            f"remove them while measuring, or measure its weight as a matrix"
+            f"this {name} has forward hooks ({', '.join(map(_hook_name, foreign))}), which may change what it "
+            "computes; remove them while measuring, or measure its weight as a matrix"
         )
+
+
+def _keeps_the_map(hook: object) -> bool:
+    """Whether a hook is torch's own and only brings the weight into place."""
+    return isinstance(hook, WEIGHT_HOOKS) or str(hook.__module__).startswith("torch.distributed.fsdp")
 
 
 def _hook_name(hook: object) -> str:
