@@ -7,6 +7,8 @@ help, does not import torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from opnorm._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from opnorm import (
         checkpoint,
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from opnorm.norms import norm
     from opnorm.rewrite import normalize_checkpoint, verify
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",

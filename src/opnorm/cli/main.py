@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from opnorm import __version__
+from opnorm._version import __version__
 from opnorm.errors import OpnormError
 
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opnorm import __version__
+from opnorm._version import __version__
 from opnorm.auditing.roles import Reading as Read
 from opnorm.auditing.roles import Unread, parse_roles, read
 from opnorm.auditing.run import Progress
