@@ -256,7 +256,9 @@ def _search(operator: Conv | ConvTranspose, start: Tensor | None, rtol: float) -
     generator = torch.Generator().manual_seed(operator.in_size)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device)
     size = torch.linalg.vector_norm(noise)
-    begin = noise / size if begin is None else begin / torch.linalg.vector_norm(begin) + 1e-2 * noise / size
+    length = 0.0 if begin is None else float(torch.linalg.vector_norm(begin))
+    # The adjoint may map the wave to zero.
+    begin = noise / size if begin is None or length == 0.0 else begin / length + 1e-2 * noise / size
     kind = torch.complex128 if operator.dtype.is_complex else torch.float32
 
     def gram(v: Tensor) -> Tensor:
