@@ -77,6 +77,13 @@ def kernels(channels: int, size: int, rounds: int) -> list[dict[str, object]]:
     ]
 
 
+def report(row: dict[str, object]) -> dict[str, object]:
+    """Print a row as soon as it is known."""
+    ratios = ", ".join(f"{key} {value:.2f}" for key, value in row.items() if "/" in key)
+    print(f"{row['case']}: gap {row['gap']:.1e}; {ratios}", flush=True)
+    return row
+
+
 def main() -> None:
     """Run, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,10 +91,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     sizes, channels = ((1024,), 64) if options.quick else ((2048, 4096), 256)
-    rows = [matrices(size, options.rounds) for size in sizes] + kernels(channels, 32, min(3, options.rounds))
-    for row in rows:
-        ratios = ", ".join(f"{key} {value:.2f}" for key, value in row.items() if "/" in key)
-        print(f"{row['case']}: gap {row['gap']:.1e}; {ratios}")
+    rows: list[dict[str, object]] = []
+    for size in sizes:
+        rows.append(report(matrices(size, options.rounds)))
+    for row in kernels(channels, 32, min(3, options.rounds)):
+        rows.append(report(row))
     if not options.quick:
         print(write("speed", rows))
 
