@@ -50,10 +50,12 @@ def banded_norm(conv: Conv, *, rtol: float) -> Enclosure:
     require_memory(8 * (row * height) ** 2 * (2 * pieces + 4), "the banded proof of this convolution")
     lower = _search(conv, rtol)
     gram, error = _row_grams(conv)
-    noise = (error + 8 * rounding.U * row * height * conv.sizes[0]) / (lower * lower)
-    shift = max(1.6 * rtol, 4 * noise)
+    noise = error + 8 * rounding.U * row * height * conv.sizes[0]
+    # A small input may see only taps that vanish.
+    level = max(lower * lower, noise)
+    shift = max(1.6 * rtol, 4 * noise / level)
     for _ in range(_ATTEMPTS):
-        t = lower * lower * (1 + shift)
+        t = level * (1 + shift)
         diagonal, below = _pieces(gram, conv.sizes[0], row, height, t)
         floor = block_tridiagonal_floor(diagonal, below)
         if floor > -math.inf:

@@ -4,12 +4,15 @@ import math
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure, Guarantee
+from opnorm.certificate.posdef import require_ieee_arithmetic
 from opnorm.errors import ArgumentError
 from opnorm.layers import to_operator
+from opnorm.layers.weights import check_weight
 from opnorm.norms.banded import banded_norm
 from opnorm.norms.convolution import dense_convolution_norm, row_sum_norm
 from opnorm.norms.dense import dense_norm
@@ -17,8 +20,8 @@ from opnorm.norms.fourier import size_free_norm, torus_norm
 from opnorm.norms.lp import L2, Order, lp_norm, parse_order
 from opnorm.norms.materialised import materialised_norm, matrix_of
 from opnorm.norms.probable import estimated_norm, probable_norm
-from opnorm.norms.scaling import normalised
-from opnorm.norms.select import DENSE_LIMIT, select
+from opnorm.norms.scaling import rescaled
+from opnorm.norms.select import DENSE_LIMIT, check_guarantee, select
 from opnorm.norms.structured import structured_norm
 from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator
 
@@ -73,6 +76,8 @@ def norm(
         >>> opnorm.norm(layer, input_shape=(3, 32, 32)).met
         True
     """
+    require_ieee_arithmetic()
+    check_guarantee(guarantee)
     operator = as_operator(x, input_shape)
     order = parse_order(ord)
     tolerance = rtol if rtol is not None else 1e-3 if guarantee == "probable" else 1e-6
@@ -90,6 +95,7 @@ def as_operator(x: Tensor | nn.Module | LinearOperator, input_shape: tuple[int, 
 
     Raises:
         ArgumentError: if it is none of these, or a tensor with another number of axes than two.
+        WeightError: if it is a tensor without plain values: sparse, quantised or on the meta device.
     """
     if isinstance(x, nn.Module):
         return _on_float64(to_operator(x, input_shape))
@@ -102,6 +108,8 @@ def as_operator(x: Tensor | nn.Module | LinearOperator, input_shape: tuple[int, 
             f"a tensor of shape {tuple(x.shape)} is no matrix: pass the layer itself (a convolution's norm is not that "
             "of its reshaped kernel), opnorm.operators.Conv(kernel, ...), or one slice at a time"
         )
+    if x.layout != torch.strided or x.is_meta or x.is_quantized:
+        check_weight(x, "the matrix")
     return _on_float64(Dense(x.detach()))
 
 
@@ -117,6 +125,9 @@ def measure(
     Raises:
         ArgumentError: if the method does not fit.
     """
+    shapes = _shapes(operator)
+    if shapes is not None and 0 in shapes:
+        return Enclosure(0.0, 0.0, "proved", "zero", rtol)
     plan = select(operator, rtol=rtol, guarantee=guarantee, method=method)
     best: Enclosure | None = None
     for name in plan.method.split("+"):
@@ -154,7 +165,7 @@ def _run(
 
 def _lanczos(operator: LinearOperator, rtol: float, guarantee: Guarantee, failure_probability: float) -> Enclosure:
     """A search from a random start, on weights scaled to the order of one."""
-    scaled, exponent = _rescaled(operator)
+    scaled, exponent = rescaled(operator)
     if guarantee == "estimate":
         found = estimated_norm(scaled, rtol=rtol)
     else:
@@ -195,19 +206,6 @@ def _other_norm(operator: LinearOperator, order: Order, rtol: float, method: str
             f"ord={order}: the entries of this {type(operator).__name__} are rounded sums; only ord=2 is proved for it"
         )
     return lp_norm(matrix_of(operator), order, rtol=rtol)
-
-
-def _rescaled(operator: LinearOperator) -> tuple[LinearOperator, int]:
-    """The operator with weights of the order of one and the power of two taken out, where it stores one weight."""
-    match operator:
-        case Dense() | Conv():
-            scaled, exponent = normalised(operator.weight)
-            return replace(operator, weight=scaled), exponent
-        case ConvTranspose():
-            scaled, exponent = normalised(operator.conv.weight)
-            return replace(operator, conv=replace(operator.conv, weight=scaled)), exponent
-        case _:
-            return operator, 0
 
 
 def _on_float64(operator: LinearOperator) -> LinearOperator:
