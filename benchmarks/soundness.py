@@ -1,0 +1,436 @@
+"""Does `lower <= truth <= upper` hold? Thousands of random and adversarial cases against independent oracles.
+
+Truth comes from elsewhere: characteristic polynomials in exact integers (python-flint) for small matrices, where there
+is no tolerance; SciPy's dense singular values in float64 for the others, whose own error is far below `ORACLE`; sums in
+rational arithmetic for the other norms; the symbol on a fine grid for the suprema over all input sizes. Layers are
+materialised by applying the module itself to unit vectors in float64.
+
+    python benchmarks/soundness.py --cases 20000
+
+writes results/soundness.json and exits with 1 if there is a violation.
+"""
+
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import click
+import flint
+import numpy as np
+import scipy
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+from cases import LAYERS, WEIGHTED, WEIGHTS, converted, largest_singular_value, module_matrix  # noqa: E402
+
+import opnorm  # noqa: E402
+from exact_norm import norm_at_most  # noqa: E402
+from opnorm import Enclosure  # noqa: E402
+from opnorm.errors import InputShapeError  # noqa: E402
+from opnorm.layers import to_operator  # noqa: E402
+
+ORACLE = 1e-12
+SMALLEST = 2.0**-1074
+EXACT_SIDE = 5
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (*REAL, torch.complex64, torch.complex128)
+GUARANTEES = ("proved",) * 6 + ("probable", "estimate")
+
+
+@dataclass
+class Tally:
+    """What was seen of one family of cases."""
+
+    cases: int = 0
+    exact: int = 0
+    refused: int = 0
+    violations: list[str] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, object]:
+        """The numbers that are written."""
+        finite = sorted(gap for gap in self.gaps if math.isfinite(gap))
+        return {
+            "cases": self.cases,
+            "decided_in_integers": self.exact,
+            "refused": self.refused,
+            "violations": self.violations,
+            "proved_gap_median": finite[len(finite) // 2] if finite else None,
+            "proved_gap_worst": finite[-1] if finite else None,
+            "proved_gap_infinite": len(self.gaps) - len(finite),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One enclosure held against the truth."""
+
+    family: str
+    name: str
+    enclosure: Enclosure | None
+    fault: str = ""
+    exact: bool = False
+
+
+def against_matrix(found: Enclosure, matrix: Tensor, *, entries_exact: bool) -> tuple[str, bool]:
+    """Hold an enclosure against the norm of a matrix; in integers where it is small and its entries are exact."""
+    upper = math.inf if found.guarantee == "estimate" else found.upper
+    if entries_exact and 0 < min(matrix.shape) <= EXACT_SIDE and matrix.any():
+        if upper < math.inf and not norm_at_most(matrix, upper):
+            return f"upper {upper!r} is too small", True
+        if found.lower > 0 and norm_at_most(matrix, math.nextafter(found.lower, 0.0)):
+            return f"lower {found.lower!r} is too large", True
+        return "", True
+    truth = largest_singular_value(matrix) if matrix.numel() else 0.0
+    return against_number(found.lower, upper, truth), False
+
+
+def against_number(lower: float, upper: float, truth: float) -> str:
+    """Hold both ends against a number that is known up to `ORACLE`."""
+    if lower > truth * (1 + ORACLE) + SMALLEST:
+        return f"lower {lower!r} > {truth!r}"
+    if upper < truth * (1 - ORACLE) - SMALLEST:
+        return f"upper {upper!r} < {truth!r}"
+    return ""
+
+
+def draw_weight(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, Tensor]:
+    """A named weight, random or adversarial, at an ordinary scale or at an end of what the dtype holds."""
+    kind = rng.choice([*WEIGHTS, "mixed", "integers"])
+    real = torch.float64 if dtype.is_complex else dtype
+    if kind == "mixed":
+        base = torch.randn(shape, dtype=torch.float64) * 10.0 ** torch.randint(-12, 1, shape)
+    elif kind == "integers":
+        base = torch.randint(-2, 3, shape).to(torch.float64)
+    else:
+        base = WEIGHTS["gaussian" if kind in {"tiny", "huge"} else kind](torch.empty(shape)).to(torch.float64)
+    if dtype.is_complex:
+        base = torch.complex(base, base.flip(0) * rng.choice([0.0, 1.0, 1e-9]))
+        real = torch.float32 if dtype == torch.complex64 else torch.float64
+    limits = torch.finfo(real)
+    if kind == "tiny":
+        base = base * (limits.smallest_normal / 64)
+    elif kind == "huge":
+        parts = torch.view_as_real(base) if base.is_complex() else base
+        base = base / parts.abs().max().clamp_min(1e-9) * limits.max * (0.7 if limits.bits < 64 else 1e-4)
+    return kind, base.to(dtype)
+
+
+def draw_guarantee(rng: random.Random) -> str:
+    """Mostly proved."""
+    return rng.choice(GUARANTEES)
+
+
+def matrices(rng: random.Random) -> Iterator[Outcome]:
+    """Plain matrices of a few rows, or of up to 300."""
+    while True:
+        large = rng.random() < 0.06
+        limit = 300 if large else rng.choice([1, 3, 5, 5, 12, 40])
+        shape = (rng.randint(1, limit), rng.randint(1, limit))
+        dtype = rng.choice(DTYPES)
+        kind, weight = draw_weight(rng, shape, dtype)
+        found = opnorm.norm(weight, guarantee=draw_guarantee(rng), rtol=rng.choice([None, 1e-9, 1e-3]))
+        wide = weight.to(torch.complex128 if dtype.is_complex else torch.float64)
+        fault, exact = against_matrix(found, wide, entries_exact=True)
+        yield Outcome("matrices", f"{kind} {shape} {dtype} {found.guarantee}", found, fault, exact)
+
+
+def orders(rng: random.Random) -> Iterator[Outcome]:
+    """Norms from lp to lq of matrices, corners in rational arithmetic, the others against many vectors."""
+    corners = [(1, 1), (math.inf, math.inf), (1, 2), (2, math.inf), (1, math.inf)]
+    while True:
+        shape = (rng.randint(1, 6), rng.randint(1, 6))
+        kind, weight = draw_weight(rng, shape, rng.choice(REAL))
+        order = rng.choice(corners) if rng.random() < 0.5 else tuple(sorted(rng.choice(POWERS) for _ in range(2)))
+        found = opnorm.norm(weight, ord=order)
+        rows = [[abs(Fraction(x)) for x in row] for row in weight.to(torch.float64).tolist()]
+        name = f"{kind} {shape} {weight.dtype} {order}"
+        if order in corners:
+            yield Outcome("orders", name, found, against_fraction(found, rows, order), True)
+        else:
+            yield Outcome("orders", name, found, against_vectors(found, weight.to(torch.float64), order))
+
+
+POWERS = (1.0, 1.2, 1.5, 2.0, 2.0, 3.0, 5.0, 40.0, 700.0, math.inf)
+
+
+def against_fraction(found: Enclosure, rows: list[list[Fraction]], order: tuple[float, float]) -> str:
+    """Hold the ends against sums of rational numbers; squares where a root would be taken."""
+    columns = list(zip(*rows, strict=True))
+    match order:
+        case (1, 1):
+            truth, power = max(map(sum, columns)), 1
+        case (1, 2):
+            truth, power = max(sum(x * x for x in column) for column in columns), 2
+        case (2, math.inf):
+            truth, power = max(sum(x * x for x in row) for row in rows), 2
+        case (math.inf, math.inf):
+            truth, power = max(map(sum, rows)), 1
+        case _:
+            truth, power = max(map(max, rows)), 1
+    if Fraction(found.lower) ** power > truth:
+        return f"lower {found.lower!r} is too large"
+    if found.upper < math.inf and Fraction(found.upper) ** power < truth:
+        return f"upper {found.upper!r} is too small"
+    return ""
+
+
+def against_vectors(found: Enclosure, matrix: Tensor, order: tuple[float, float]) -> str:
+    """No vector may gain more than the upper end; from l1 and to linf the value is known."""
+    p, q = order
+    largest = float(matrix.abs().max())
+    if largest == 0.0:
+        return "" if found.upper == 0.0 else "the zero matrix has norm 0"
+    scaled = matrix / largest
+    lower, upper = found.lower / largest, found.upper / largest
+    samples = torch.cat([torch.eye(matrix.shape[1], dtype=torch.float64), scaled, torch.randn(64, matrix.shape[1])])
+    samples = samples[samples.abs().amax(1) > 0]
+    samples = samples / samples.abs().amax(1, keepdim=True)
+    gains = stable_norm(samples @ scaled.mT, q) / stable_norm(samples, p)
+    if float(gains.max()) * (1 - 1e-9) > upper:
+        return f"upper {upper!r} < {float(gains.max())!r}, attained (largest entry 1)"
+    if p == 1 and lower > float(stable_norm(scaled.mT, q).max()) * (1 + 1e-10):
+        return f"lower {lower!r} is above the largest column"
+    dual = 1.0 if math.isinf(p) else math.inf if p == 1 else p / (p - 1)
+    if math.isinf(q) and lower > float(stable_norm(scaled, dual).max()) * (1 + 1e-10):
+        return f"lower {lower!r} is above the largest row"
+    return ""
+
+
+def stable_norm(rows: Tensor, p: float) -> Tensor:
+    """lp norms of rows, the largest entry taken out first."""
+    scale = rows.abs().amax(1).clamp_min(1e-300)
+    return torch.linalg.vector_norm(rows / scale[:, None], p, dim=1) * scale
+
+
+def layer_table(rng: random.Random) -> Iterator[Outcome]:
+    """Every layer of the tests' table, with every kind of weight."""
+    while True:
+        case = rng.choice(LAYERS)
+        weighted = case in WEIGHTED
+        module = case.build()
+        if weighted:
+            dtype = rng.choice(DTYPES)
+            module = converted(module, dtype)
+            kind, weight = draw_weight(rng, tuple(module.weight.shape), dtype)
+            set_weight(module, weight)
+        else:
+            kind = str(module.to(rng.choice(REAL)).__class__.__name__)
+        yield measured(rng, "layers", f"{case.name} {kind}", module, case.shape)
+
+
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    """Copy a weight into a layer and drop its bias."""
+    with torch.no_grad():
+        module.weight.copy_(weight)
+        if module.bias is not None:
+            module.bias.zero_()
+
+
+def measured(rng: random.Random, family: str, name: str, module: nn.Module, shape: tuple[int, ...]) -> Outcome:
+    """One layer at one size, by a method that fits it, against its own matrix."""
+    guarantee, method = draw_guarantee(rng), "auto"
+    if isinstance(module, CONVS) and guarantee == "proved" and rng.random() < 0.6:
+        method = rng.choice(methods_for(module, shape))
+    name = f"{name} {shape} {getattr(getattr(module, 'weight', None), 'dtype', '')} {guarantee} {method}"
+    found = opnorm.norm(module, input_shape=shape, guarantee=guarantee, method=method)
+    summed = getattr(module, "padding_mode", "zeros") != "zeros"
+    copies = isinstance(module, (*CONVS, nn.Linear)) and not summed and not module.weight.is_complex()
+    fault, exact = against_matrix(found, module_matrix(module, shape), entries_exact=copies)
+    return Outcome(family, name, found, fault, exact)
+
+
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVS = (*PLAIN, *TRANSPOSED)
+
+
+def methods_for(module: nn.Module, shape: tuple[int, ...]) -> list[str]:
+    """The methods that a convolution may be asked for."""
+    names = ["torus", "dense"]
+    if module.groups == 1 and module.padding_mode != "circular":
+        names.append("banded")
+    operator = to_operator(module, shape)
+    conv = getattr(operator, "conv", operator)
+    grows = any(sum(pair) > reach for pair, reach in zip(conv.padding, conv.reach, strict=True))
+    if conv.mode == "zeros" or (conv.mode == "circular" and not grows):
+        names.append("size-free")
+    return names
+
+
+def draw_convolution(rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
+    """A convolution of any geometry that torch takes, and the shape of a sample for it."""
+    dims = rng.choice([1, 1, 2, 2, 2, 3])
+    groups = rng.choice([1, 1, 1, 2, 3])
+    c_in, c_out = (groups * rng.randint(1, 3 if dims < 3 else 2) for _ in range(2))
+    axes = range(dims)
+    kernel = tuple(rng.randint(1, 6 if dims == 1 else 4 if dims == 2 else 3) for _ in axes)
+    dilation = tuple(rng.choice([1, 1, 1, 2, 3]) for _ in axes)
+    stride = tuple(rng.choice([1, 1, 1, 2, 3]) for _ in axes)
+    sizes = tuple(rng.randint(1, 10 if dims == 1 else 6 if dims == 2 else 4) for _ in axes)
+    padding = tuple(rng.choice([0, rng.randint(0, 6)]) for _ in axes)
+    options = {"dilation": dilation, "groups": groups, "bias": False}
+    if rng.random() < 0.3:
+        extra = tuple(rng.randint(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True))
+        module = TRANSPOSED[dims - 1](c_in, c_out, kernel, stride, padding, extra, **options)
+    else:
+        mode = rng.choice(["zeros", "zeros", "circular", "circular", "reflect", "replicate"])
+        width: object = padding
+        if rng.random() < 0.15:
+            width, stride = "same", (1,) * dims
+        module = PLAIN[dims - 1](c_in, c_out, kernel, stride, width, padding_mode=mode, **options)
+    return module.eval(), (c_in, *sizes)
+
+
+def convolutions(rng: random.Random) -> Iterator[Outcome]:
+    """Random geometries, at a given size."""
+    while True:
+        module, shape = draw_convolution(rng)
+        dtype = rng.choice(DTYPES)
+        module = converted(module, dtype)
+        kind, weight = draw_weight(rng, tuple(module.weight.shape), dtype)
+        set_weight(module, weight)
+        name = f"{kind} {module}"
+        try:
+            to_operator(module, shape)
+        except InputShapeError:
+            yield Outcome("convolutions", name, None)
+            continue
+        yield measured(rng, "convolutions", name, module, shape)
+
+
+def size_free(rng: random.Random) -> Iterator[Outcome]:
+    """Bounds for every input size: above the layer at a size, and around the supremum of its symbol."""
+    while True:
+        module, shape = draw_convolution(rng)
+        kind, weight = draw_weight(rng, tuple(module.weight.shape), torch.float64)
+        set_weight(module.to(torch.float64), weight)
+        name = f"{kind} {module} {shape}"
+        try:
+            found = opnorm.norm(module)
+            to_operator(module, shape)
+        except InputShapeError:
+            yield Outcome("size-free", name, None)
+            continue
+        here = largest_singular_value(module_matrix(module, shape))
+        fault = against_number(0.0, found.upper, here)
+        if not fault:
+            below, above = supremum(module)
+            fault = against_number(found.lower, math.inf, above) or against_number(0.0, found.upper, below)
+        yield Outcome("size-free", name, found, fault)
+
+
+def supremum(module: nn.Module) -> tuple[float, float]:
+    """Enclose the supremum of the symbol by a grid of about 60 points an axis, in NumPy; strides by aliases."""
+    weight = module.weight.detach().numpy()
+    dims, groups, transposed = weight.ndim - 2, module.groups, isinstance(module, TRANSPOSED)
+    points = [s * (-(-(60 if dims < 3 else 14) // s)) for s in module.stride]
+    largest = float(np.abs(weight).max())
+    if largest == 0.0:
+        return 0.0, 0.0
+    axes = [np.arange(k) * d for k, d in zip(weight.shape[2:], module.dilation, strict=True)]
+    waves = [np.exp(2j * np.pi * np.outer(np.arange(n), taps) / n) for n, taps in zip(points, axes, strict=True)]
+    best = 0.0
+    for block in np.split(weight / largest, groups):
+        symbol = block.astype(complex)
+        for wave in waves:  # each tap axis becomes a frequency axis at the end
+            symbol = np.tensordot(symbol, wave, axes=([2], [1]))
+        folded = np.moveaxis(symbol, (0, 1), (-2, -1))
+        for axis, s in enumerate(module.stride):
+            parts = np.split(folded, s, axis=axis)
+            folded = np.concatenate(parts, axis=-1) / math.sqrt(s)
+        best = max(best, float(np.linalg.svd(folded, compute_uv=False)[..., 0].max()))
+    cosine = math.prod(
+        math.cos(math.pi * (taps[-1] / 2) / n) if n > taps[-1] else 0.0 for taps, n in zip(axes, points, strict=True)
+    )
+    circular = not transposed and module.padding_mode == "circular"
+    # A circular convolution is only bounded by its symbol without stride: there the upper end lies further up.
+    growth = math.sqrt(math.prod(module.stride)) if circular else 1.0
+    above = best * growth / cosine if cosine > 0 else math.inf
+    return best * largest, above * largest
+
+
+FAMILIES: dict[str, tuple[float, Callable[[random.Random], Iterator[Outcome]]]] = {
+    "matrices": (0.3, matrices),
+    "orders": (0.15, orders),
+    "layers": (0.2, layer_table),
+    "convolutions": (0.25, convolutions),
+    "size-free": (0.1, size_free),
+}
+
+
+def environment(seconds: float, seed: int) -> dict[str, object]:
+    """Where and how the numbers came about."""
+    return {
+        "opnorm": opnorm.__version__,
+        "torch": torch.__version__,
+        "scipy": scipy.__version__,
+        "python_flint": flint.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "seconds": round(seconds, 1),
+    }
+
+
+@click.command()
+@click.option("--cases", default=20_000, show_default=True, help="How many cases that were measured, at least.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/soundness.json")
+def main(cases: int, seed: int, output: Path) -> None:
+    """Hold thousands of enclosures against independent oracles and count the violations."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    warnings.simplefilter("ignore", UserWarning)
+    started = time.perf_counter()
+    tallies: dict[str, Tally] = defaultdict(Tally)
+    for family, (share, generate) in FAMILIES.items():
+        outcomes = generate(random.Random(f"{family} {seed}"))
+        wanted = math.ceil(cases * share)
+        tally = tallies[family]
+        while tally.cases < wanted:
+            outcome = next(outcomes)
+            if outcome.enclosure is None:
+                tally.refused += 1
+                continue
+            tally.cases += 1
+            tally.exact += outcome.exact
+            if outcome.enclosure.guarantee == "proved":
+                tally.gaps.append(outcome.enclosure.gap)
+            if outcome.fault:
+                tally.violations.append(f"{outcome.name}: {outcome.fault}")
+                click.echo(f"VIOLATION {family} {outcome.name}: {outcome.fault} {outcome.enclosure!r}", err=True)
+            if tally.cases % 500 == 0:
+                click.echo(f"{family}: {tally.cases}/{wanted}, {time.perf_counter() - started:.0f} s", err=True)
+    violations = sum(len(tally.violations) for tally in tallies.values())
+    report = {
+        "claim": "lower <= truth <= upper, without tolerance but for the float64 oracles' own relative 1e-12",
+        "cases": sum(tally.cases for tally in tallies.values()),
+        "decided_in_integers": sum(tally.exact for tally in tallies.values()),
+        "violations": violations,
+        "families": {name: tally.summary() for name, tally in tallies.items()},
+        "environment": environment(time.perf_counter() - started, seed),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    click.echo(f"{report['cases']} cases, {violations} violations; written to {output}")
+    sys.exit(1 if violations else 0)
+
+
+if __name__ == "__main__":
+    main()
