@@ -41,7 +41,7 @@ def test_gap_at_its_ends(lower, upper, gap):
 @given(pairs)
 def test_gap_is_rounded_up(pair):
     found = enclosure(pair).gap
-    if 0 < pair[0] and found < math.inf:
+    if pair[0] > 0 and found < math.inf:
         assert Fraction(found) >= Fraction(pair[1]) / Fraction(pair[0]) - 1
 
 

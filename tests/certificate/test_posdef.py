@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import flint
 import pytest
@@ -88,7 +89,7 @@ def test_block_tridiagonal_agrees_with_the_whole(widths, dtype):
 
     def factored(shifted):
         blocks = [shifted[s, s] for s in spans]
-        below = [shifted[t, s] for s, t in zip(spans, spans[1:], strict=False)]
+        below = [shifted[t, s] for s, t in pairwise(spans)]
         return posdef.factor_block_tridiagonal(iter(blocks), iter(below))
 
     found = factored(matrix)

@@ -266,7 +266,9 @@ def _search(operator: Conv | ConvTranspose, start: Tensor | None, rtol: float) -
     generator = torch.Generator().manual_seed(operator.in_size)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device)
     size = torch.linalg.vector_norm(noise)
-    begin = noise / size if begin is None else begin / torch.linalg.vector_norm(begin) + 1e-2 * noise / size
+    # The adjoint of a wave may vanish, where every tap that the input sees does.
+    known = begin is not None and bool(begin.any())
+    begin = begin / torch.linalg.vector_norm(begin) + 1e-2 * noise / size if known else noise / size
     kind = torch.complex128 if operator.dtype.is_complex else torch.float32
 
     def gram(v: Tensor) -> Tensor:

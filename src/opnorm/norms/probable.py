@@ -16,6 +16,8 @@ from opnorm.norms.memory import require_memory
 from opnorm.operators import LinearOperator
 
 _ESTIMATE_STEPS = 60
+_FAINT = 2.0**-200
+"""A bound of the norm below which, beside weights of the order of one, the steps of Lanczos would underflow."""
 
 
 def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability: float = 1e-12) -> Enclosure:
@@ -41,8 +43,8 @@ def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability:
     steps = steps_needed(factor * n, rtol, failure_probability)
     require_memory(8 * factor * n * (min(steps, n) + 8), f"a Krylov basis of {min(steps, n)} vectors of {n} elements")
     spread = majorant_norm(operator)
-    if spread == 0.0:
-        return Enclosure(0.0, 0.0, "proved", "zero", rtol)
+    if spread <= _FAINT:
+        return Enclosure(0.0, spread, "proved", "entries" if spread else "zero", rtol)
     generator = torch.Generator().manual_seed(secrets.randbits(62))
     kind = torch.complex128 if operator.dtype.is_complex else torch.float64
     start = torch.randn(n, generator=generator, dtype=kind).to(operator.device)
