@@ -91,7 +91,8 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     sizes = size_free_grid(types, conv.stride, _slack(rtol))
     # Any circular convolution samples the symbol of stride 1; its strided blocks need a stride that divides n.
     bounding = replace(conv, stride=(1,) * conv.dims) if wraps else conv
-    peak = grid_maximum(_grid(bounding, sizes), rtol)
+    # A proof closer to the grid's maximum costs nothing, and the grid's own slack is all that is left.
+    peak = grid_maximum(_grid(bounding, sizes), min(rtol, 1e-5))
     upper = rounding.div_up(peak.upper, cosine_product_below(types, sizes))
     lower, note = peak.lower, "supremum over all input sizes"
     if conv.spatial is not None:
@@ -266,9 +267,9 @@ def _search(operator: Conv | ConvTranspose, start: Tensor | None, rtol: float) -
     generator = torch.Generator().manual_seed(operator.in_size)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device)
     size = torch.linalg.vector_norm(noise)
-    # The adjoint of a wave may vanish, where every tap that the input sees does.
-    known = begin is not None and bool(begin.any())
-    begin = begin / torch.linalg.vector_norm(begin) + 1e-2 * noise / size if known else noise / size
+    length = 0.0 if begin is None else float(torch.linalg.vector_norm(begin))
+    # The adjoint may map the wave to zero.
+    begin = noise / size if begin is None or length == 0.0 else begin / length + 1e-2 * noise / size
     kind = torch.complex128 if operator.dtype.is_complex else torch.float32
 
     def gram(v: Tensor) -> Tensor:

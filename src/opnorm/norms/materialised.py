@@ -9,7 +9,7 @@ from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.memory import require_memory
-from opnorm.norms.scaling import rescaled
+from opnorm.norms.rescaled import lost_to_underflow, rescaled
 from opnorm.operators import Composed, Conv, ConvTranspose, LinearOperator
 
 _BATCH_BYTES = 2**26
@@ -29,12 +29,12 @@ def materialised_norm(operator: LinearOperator, *, rtol: float) -> Enclosure:
     terms = operator.entry_terms
     relative = rounding.add_up(rounding.gamma(terms) if terms > 1 else 0.0, operator.entry_error)
     if not relative:
+        # Copies are exact even where scaling would drop the last digits of what is subnormal.
         return dense_norm(matrix_of(operator), rtol=rtol)
-    scaled, exponent = rescaled(operator)
-    matrix = matrix_of(scaled)
-    # Every operation loses less than the smallest normal number to underflow, and later sums repeat it.
-    lost = rounding.mul_up(float(matrix.numel()) * operator.terms**2 * 16, rounding.TINY)
-    slack = rounding.add_up(rounding.mul_up(relative, majorant_norm(scaled)), lost)
+    operator, exponent = rescaled(operator)
+    matrix = matrix_of(operator)
+    scaling = rounding.mul_up(4.0 * matrix.numel() * operator.terms, rounding.TINY)
+    slack = rounding.add_up(rounding.mul_up(relative, majorant_norm(operator)), lost_to_underflow(operator), scaling)
     found = dense_norm(matrix, rtol=rtol, slack=slack)
     lower, upper = rounding.ldexp_down(found.lower, exponent), rounding.ldexp_up(found.upper, exponent)
     return replace(found, lower=lower, upper=upper)

@@ -20,8 +20,8 @@ from opnorm.norms.groups import norm_over_groups
 from opnorm.norms.lp import L2, Order, lp_norm, parse_order
 from opnorm.norms.materialised import materialised_norm, matrix_of
 from opnorm.norms.probable import estimated_norm, probable_norm
+from opnorm.norms.rescaled import rescaled
 from opnorm.norms.row_sums import row_sum_norm
-from opnorm.norms.scaling import rescaled
 from opnorm.norms.select import DENSE_LIMIT, check_guarantee, select
 from opnorm.norms.structured import structured_norm
 from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator
@@ -176,8 +176,8 @@ def _lanczos(operator: LinearOperator, rtol: float, guarantee: Guarantee, failur
 def _structured(operator: LinearOperator, rtol: float, guarantee: Guarantee, failure_probability: float) -> Enclosure:
     """By structure; a small composition by its own matrix, because the product of its parts' norms is loose."""
     if isinstance(operator, Composed) and guarantee == "proved":
-        shapes = _shapes(operator)
-        if shapes is not None and max(shapes) <= DENSE_LIMIT:
+        shapes = [_shapes(part) for part in operator.parts]
+        if all(shape is not None and max(shape) <= DENSE_LIMIT for shape in shapes):
             return materialised_norm(operator, rtol=rtol)
     return structured_norm(
         operator, lambda part: measure(part, rtol, guarantee, "auto", failure_probability), rtol=rtol

@@ -1,13 +1,11 @@
 """Exact scaling by a power of two, so that nothing over- or underflows on the way to a bound."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from opnorm.errors import WeightError
-from opnorm.operators import Composed, Conv, ConvTranspose, Dense, Diagonal, LinearOperator, Scaled
 
 
 def widened(weight: Tensor) -> Tensor:
@@ -52,28 +50,3 @@ def normalised(weight: Tensor) -> tuple[Tensor, int]:
     scaled = parts * math.ldexp(1.0, half)
     scaled.mul_(math.ldexp(1.0, -exponent - half))
     return (torch.view_as_complex(scaled) if wide.is_complex() else scaled), exponent
-
-
-def rescaled(operator: LinearOperator) -> tuple[LinearOperator, int]:
-    """Return `(scaled, exponent)` with `operator = scaled * 2**exponent` and stored weights of the order of one.
-
-    What `normalised` says of parts that are far smaller than the largest holds for every weight.
-    """
-    match operator:
-        case Dense() | Conv():
-            weight, exponent = normalised(operator.weight)
-            return replace(operator, weight=weight), exponent
-        case ConvTranspose():
-            weight, exponent = normalised(operator.conv.weight)
-            return replace(operator, conv=replace(operator.conv, weight=weight)), exponent
-        case Diagonal():
-            scale, exponent = normalised(operator.scale)
-            return replace(operator, scale=scale), exponent
-        case Scaled():
-            part, exponent = rescaled(operator.operator)
-            return replace(operator, operator=part), exponent
-        case Composed():
-            parts, exponents = zip(*map(rescaled, operator.parts), strict=True)
-            return Composed(parts), sum(exponents)
-        case _:
-            return operator, 0
