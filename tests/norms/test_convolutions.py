@@ -163,6 +163,13 @@ def test_taps_that_only_meet_padding(small):
         assert_encloses(found.lower, found.upper if guarantee == "probable" else math.inf, entries)
 
 
+def test_subnormal_taps_beside_large_ones_keep_their_last_digit():
+    """Scaling by the largest tap would round three halves of the smallest number."""
+    operator = line(torch.tensor([3.0, 1.5e-323, 0.0], dtype=torch.float64), 1, pad=1)
+    for method in ("auto", "dense", "torus", "banded"):
+        assert 1.5e-323 in opnorm.norm(operator, method=method)
+
+
 def test_entries_of_complex_convolutions_are_copied_exactly():
     """torch convolves complex numbers by three real products, which lose small parts beside large ones."""
     weight = torch.tensor([[[1.0 + 1e-12j, 1e-9 - 1j]]], dtype=torch.complex128) / 3
