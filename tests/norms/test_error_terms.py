@@ -10,7 +10,9 @@ from mpmath import mp, mpc, mpf
 import opnorm
 from exact_norm import norm_at_most
 from opnorm.norms.attained import attained
-from opnorm.norms.gram import cheap_bound, gram_of_columns
+from opnorm.norms.blocks import _ceilings
+from opnorm.norms.dense import _factored
+from opnorm.norms.gram import Gram, cheap_bound, gram_of_columns
 from opnorm.norms.materialised import matrix_of
 from opnorm.norms.symbol import Grid
 from opnorm.operators import Conv, Dense
@@ -81,6 +83,22 @@ def test_attained_gains_are_attained_whatever_underflows(scale):
         assert found == 0.0 or not norm_at_most(matrix, math.nextafter(found, 0.0))
         assert scale < 1e-100 or found > 0.0
     assert attained(Dense(matrix), vector * math.nan) == 0.0
+
+
+def test_ceilings_hold_for_every_matrix_within_the_error():
+    """`lambda_max(G + E) <= ceiling` for all `|E| <= error`, and so for the one that adds the error to each value."""
+    gram = gaussian(4, 3, seed=5)
+    gram = gram.mT @ gram
+    error, t = 0.25, 1.5 * float(torch.linalg.eigvalsh(gram)[-1])
+    found = _factored(Gram(gram, error), t)
+    assert found.ceiling >= t + error and found.ceiling < t + error + 1e-12
+    low = torch.full((1, 1), 0.5, dtype=torch.float64)
+    stack = torch.stack([low, 0 * low, 4 * low])
+    ceilings = _ceilings(stack, torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64), 1.0)
+    assert ceilings[0] >= 1.25 and ceilings[1] >= 1.5 and ceilings[1] < 1.5 + 1e-12 and ceilings[2] == math.inf
+    # Of t = 1 and G = 0 remain the factorisation's own loss of 4 u and the rounding of the diagonal.
+    found = _ceilings(torch.zeros(1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 1.0)
+    assert float(found) >= 1 + 5 * 2.0**-53
 
 
 def test_cheap_bounds_are_bounds():
