@@ -96,9 +96,9 @@ def test_ceilings_hold_for_every_matrix_within_the_error():
     stack = torch.stack([low, 0 * low, 4 * low])
     ceilings = _ceilings(stack, torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64), 1.0)
     assert ceilings[0] >= 1.25 and ceilings[1] >= 1.5 and ceilings[1] < 1.5 + 1e-12 and ceilings[2] == math.inf
-    # Of t = 1 and G = 0 remain the factorisation's own loss of 4 u and the rounding of the diagonal.
-    found = _ceilings(torch.zeros(1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 1.0)
-    assert float(found) >= 1 + 5 * 2.0**-53
+    # Of t = 1 and G = 0 remains the factorisation's own loss, gamma_n times n.
+    found = _ceilings(torch.zeros(1, 20, 20, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 1.0)
+    assert float(found) >= 1 + 400 * 2.0**-53
 
 
 def test_cheap_bounds_are_bounds():
