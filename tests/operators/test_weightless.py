@@ -73,6 +73,14 @@ def test_entries_of_compositions() -> None:
     assert_near(Composed((Dense(first), Dense(second))), exact)
 
 
+def test_long_sums_of_compositions_are_accounted_for() -> None:
+    """Small terms beside a large one are lost one by one."""
+    row = torch.full((1, 4000), 2.0**-53, dtype=torch.float64)
+    row[0, 0] = 1.0
+    operator = Composed((Dense(torch.ones(4000, 1, dtype=torch.float64)), Dense(row)))
+    assert_near(operator, [[sum(map(Fraction, row[0].tolist()))]])
+
+
 @st.composite
 def splits_and_orders(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     split = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
