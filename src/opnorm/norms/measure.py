@@ -4,12 +4,15 @@ import math
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure, Guarantee
+from opnorm.certificate.posdef import require_ieee_arithmetic
 from opnorm.errors import ArgumentError
 from opnorm.layers import to_operator
+from opnorm.layers.weights import check_weight
 from opnorm.norms.banded import banded_norm
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.fourier import size_free_norm, torus_norm
@@ -19,7 +22,7 @@ from opnorm.norms.materialised import materialised_norm, matrix_of
 from opnorm.norms.probable import estimated_norm, probable_norm
 from opnorm.norms.rescaled import rescaled
 from opnorm.norms.row_sums import row_sum_norm
-from opnorm.norms.select import DENSE_LIMIT, select
+from opnorm.norms.select import DENSE_LIMIT, check_guarantee, select
 from opnorm.norms.structured import structured_norm
 from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator
 
@@ -74,6 +77,8 @@ def norm(
         >>> opnorm.norm(layer, input_shape=(3, 32, 32)).met
         True
     """
+    require_ieee_arithmetic()
+    check_guarantee(guarantee)
     operator = as_operator(x, input_shape)
     order = parse_order(ord)
     tolerance = rtol if rtol is not None else 1e-3 if guarantee == "probable" else 1e-6
@@ -91,6 +96,7 @@ def as_operator(x: Tensor | nn.Module | LinearOperator, input_shape: tuple[int, 
 
     Raises:
         ArgumentError: if it is none of these, or a tensor with another number of axes than two.
+        WeightError: if it is a tensor without plain values: sparse, quantised or on the meta device.
     """
     if isinstance(x, nn.Module):
         return _on_float64(to_operator(x, input_shape))
@@ -103,6 +109,8 @@ def as_operator(x: Tensor | nn.Module | LinearOperator, input_shape: tuple[int, 
             f"a tensor of shape {tuple(x.shape)} is no matrix: pass the layer itself (a convolution's norm is not that "
             "of its reshaped kernel), opnorm.operators.Conv(kernel, ...), or one slice at a time"
         )
+    if x.layout != torch.strided or x.is_meta or x.is_quantized:
+        check_weight(x, "the matrix")
     return _on_float64(Dense(x.detach()))
 
 
@@ -118,6 +126,9 @@ def measure(
     Raises:
         ArgumentError: if the method does not fit.
     """
+    shapes = _shapes(operator)
+    if shapes is not None and 0 in shapes:
+        return Enclosure(0.0, 0.0, "proved", "zero", rtol)
     plan = select(operator, rtol=rtol, guarantee=guarantee, method=method)
     best: Enclosure | None = None
     for name in plan.method.split("+"):

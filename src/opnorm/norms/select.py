@@ -71,8 +71,7 @@ def select(
         >>> select(Dense(torch.ones(10, 20))).method
         'dense'
     """
-    if guarantee not in {"proved", "probable", "estimate"}:
-        raise ArgumentError(f"guarantee={guarantee!r}: it is 'proved', 'probable' or 'estimate'")
+    check_guarantee(guarantee)
     if method != "auto" and method not in METHODS:
         raise ArgumentError(f"method={method!r}: it is 'auto', {', '.join(map(repr, METHODS))}")
     if method == "lanczos" and guarantee == "proved":
@@ -94,6 +93,16 @@ def select(
             'guarantee="probable" needs only vectors'
         )
     return plan
+
+
+def check_guarantee(guarantee: str) -> None:
+    """Refuse what is no guarantee.
+
+    Raises:
+        ArgumentError: if it is none of the three.
+    """
+    if guarantee not in {"proved", "probable", "estimate"}:
+        raise ArgumentError(f"guarantee={guarantee!r}: it is 'proved', 'probable' or 'estimate'")
 
 
 def _size_free(operator: Conv | ConvTranspose) -> bool:
