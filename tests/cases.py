@@ -306,7 +306,7 @@ def assert_encloses(lower: float, upper: float, matrix: Tensor) -> None:
 
 
 def assert_same_map(found: Tensor, wanted: Tensor, majorant: Tensor) -> None:
-    """Fail unless two matrices agree up to what float64 rounds, relative to the largest entry of each row's majorant."""
+    """Fail unless two matrices agree up to what float64 rounds, relative to the largest majorant of each row."""
     assert found.shape == wanted.shape
     slack = 1e-12 * majorant.amax(1, keepdim=True)
     worst = ((found - wanted).abs() - slack).max().item() if found.numel() else 0.0

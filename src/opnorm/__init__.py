@@ -7,23 +7,56 @@ help, does not import torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from opnorm._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from opnorm import checkpoint, errors, layers, norms, operators
+    from opnorm import (
+        checkpoint,
+        errors,
+        layers,
+        norms,
+        operators,
+        testing,
+    )
     from opnorm._enclosure import Enclosure
     from opnorm.auditing import Report, audit
     from opnorm.norms import norm
+    from opnorm.rewrite import normalize_checkpoint, verify
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",
     "Report": "opnorm.auditing",
     "audit": "opnorm.auditing",
     "norm": "opnorm.norms",
+    "normalize_checkpoint": "opnorm.rewrite",
+    "verify": "opnorm.rewrite",
 }
-_MODULES = frozenset({"checkpoint", "errors", "layers", "norms", "operators"})
+_MODULES = frozenset(
+    {
+        "checkpoint",
+        "errors",
+        "layers",
+        "norms",
+        "operators",
+        "testing",
+    }
+)
 
-__all__ = ["Enclosure", "Report", "audit", "checkpoint", "errors", "layers", "norm", "norms", "operators"]
+__all__ = [
+    "Enclosure",
+    "Report",
+    "audit",
+    "checkpoint",
+    "errors",
+    "layers",
+    "norm",
+    "normalize_checkpoint",
+    "norms",
+    "operators",
+    "testing",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ from os import PathLike, fspath
 import torch
 from torch import Tensor, nn
 
-import opnorm
 from opnorm._enclosure import Guarantee
+from opnorm._version import __version__
 from opnorm.auditing.geometry import Geometry
 from opnorm.auditing.measure import count_nonfinite, enclose, frobenius, stable_rank
 from opnorm.auditing.report import Report, Row, SkipKind, Skipped
@@ -126,7 +126,7 @@ def _report(
         rules=tuple(rule.text for rule in policy.rules),
         violations=check(policy.rules, rows, skipped),
         seconds=time.perf_counter() - start,
-        versions={"opnorm": opnorm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions={"opnorm": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
 
 

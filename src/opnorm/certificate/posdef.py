@@ -48,7 +48,8 @@ def squared_frobenius_above(matrix: Tensor) -> Tensor:
     parts = torch.view_as_real(matrix).flatten(-2) if matrix.is_complex() else matrix
     total = torch.linalg.vector_norm(parts, dim=(-2, -1)).square()
     terms = parts.shape[-1] * parts.shape[-2]
-    return total * (1 + rounding.gamma(terms + 8)) * (1 + 4 * rounding.U)
+    above: Tensor = total * (1 + rounding.gamma(terms + 8)) * (1 + 4 * rounding.U)
+    return above
 
 
 def _residual_norm(matrix: Tensor, factor: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """`opnorm audit`: measure the norm of every weight in a checkpoint."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
+from opnorm.cli.progress import progress_bar
 
 EXIT_VIOLATED = 1
 
@@ -52,7 +52,7 @@ def audit(
 
     for target in (json_to, html_to):
         _check_writable(target)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = auditing.audit(
             checkpoint,
             guarantee=guarantee,  # type: ignore[arg-type]  # click has checked it
@@ -82,26 +82,3 @@ def _check_writable(target: str | None) -> None:
     """Refuse a file that cannot be written before the work is done, not after."""
     if target not in (None, "-") and not Path(str(target)).absolute().parent.is_dir():
         raise click.UsageError(f"cannot write {target}: there is no such folder")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
-    """Show a bar with the time left on stderr, only where that is a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from opnorm.render.text import printable
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("opening", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=escape(printable(name)))
-
-        yield show

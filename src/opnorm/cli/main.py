@@ -8,11 +8,17 @@ from typing import Any
 
 import click
 
-from opnorm import __version__
+from opnorm._version import __version__
 from opnorm.errors import OpnormError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("opnorm.cli.demo:demo", "The whole story in under a minute, on data that the package carries."),
     "audit": ("opnorm.cli.audit:audit", "Measure the norm of every weight in a checkpoint."),
+    "normalize": (
+        "opnorm.cli.normalize:normalize",
+        "Divide every weight of a checkpoint by its norm, with a certificate.",
+    ),
+    "verify": ("opnorm.cli.verify:verify", "Re-check a certificate without trusting the code that wrote it."),
 }
 """Name of a command -> (where it lives, what the list of commands says of it)."""
 

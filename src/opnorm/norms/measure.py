@@ -68,7 +68,7 @@ def norm(
     Example:
         >>> import torch, opnorm
         >>> print(opnorm.norm(torch.tensor([[3.0, 0.0], [4.0, 0.0]])))
-        5 <= norm <= 5 (gap 0.0e+00, proved, entries)
+        4.999... <= norm <= 5.000... (gap ..., proved, ...)
         >>> layer = torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
         >>> opnorm.norm(layer, input_shape=(3, 32, 32)).met
         True
