@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opnorm import _rounding as rounding
-from opnorm.certificate.posdef import eigenvalue_floor
+from opnorm.certificate.posdef import eigenvalue_floor, squared_frobenius_above
 from opnorm.norms.attained import attained_by_matrix
 from opnorm.norms.lanczos import batched_top
 from opnorm.norms.symbol import Grid
@@ -79,6 +79,17 @@ def find_peak(grid: Grid) -> tuple[int, int]:
     top = int(values.argmax())
     groups = grid.kernel.shape[0]
     return int(coarse[top // groups]), top % groups
+
+
+def largest_frobenius(grid: Grid) -> Tensor:
+    """Return, for each group, an upper bound of the Frobenius norms of its computed blocks, shape (groups,)."""
+    groups = grid.kernel.shape[0]
+    most = torch.zeros(groups, dtype=torch.float64, device=grid.kernel.device)
+    for chunk in _chunks(grid):
+        real, imag = grid.blocks(chunk)
+        squares = squared_frobenius_above(real) + squared_frobenius_above(imag)
+        most = torch.maximum(most, squares.reshape(-1, groups).amax(0))
+    return most.sqrt() * (1 + 8 * rounding.U)
 
 
 def _estimates(grid: Grid, index: Tensor) -> Tensor:

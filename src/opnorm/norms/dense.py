@@ -1,15 +1,15 @@
 """The proved norm of a matrix: Lanczos finds it, one Cholesky factorisation of `t I - A^H A` proves it."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
-from opnorm.certificate.posdef import eigenvalue_floor, require_ieee_arithmetic
+from opnorm.certificate.posdef import factor_with_floor, require_ieee_arithmetic
 from opnorm.norms.attained import attained_by_matrix
+from opnorm.norms.closing import Factored, close_in
 from opnorm.norms.gram import Gram, cheap_bound, gram_of_columns
 from opnorm.norms.lanczos import lanczos
 from opnorm.norms.memory import require_memory
@@ -19,8 +19,6 @@ _SMALL = 192
 """Below it a full eigendecomposition costs less than a Krylov search."""
 _SINGLE = 1024
 """From it on the search runs in float32, which halves what it reads; the proof does not depend on it."""
-_DECOMPOSED = 1024
-"""Up to it a full eigendecomposition is the answer to a search that fell short, as on the clusters of convolutions."""
 _STEPS = 160
 _CHEAP = 2**20
 """Up to so many elements the bounds read off the entries cost nothing beside the proof."""
@@ -48,7 +46,14 @@ def dense_norm(matrix: Tensor, *, rtol: float, slack: float = 0.0) -> Enclosure:
     if exponent == 0 and not tall.any():
         return Enclosure(0.0, slack, "proved", "zero", rtol)
     gram = gram_of_columns(tall)
-    lower, ceiling = _search_and_prove(tall, gram, rtol)
+    vector = top_vector(gram.matrix, rtol)
+    noise = gram.error + 4 * side * rounding.U * float(gram.matrix.diagonal().abs().sum())
+    lower, ceiling = close_in(
+        lambda v: attained_by_matrix(tall, v),
+        lambda t: _factored(gram, t),
+        vector,
+        shift=_shift(side, noise / float(gram.matrix.diagonal().abs().max()), rtol),
+    )
     upper, method = rounding.sqrt_up(ceiling), "dense"
     if tall.numel() <= _CHEAP or ceiling == math.inf:
         # Exact for rank one, constant and permutation matrices, where the proof must keep a distance.
@@ -61,63 +66,39 @@ def dense_norm(matrix: Tensor, *, rtol: float, slack: float = 0.0) -> Enclosure:
     return Enclosure(lower, upper, "proved", method, rtol)
 
 
-def _search_and_prove(tall: Tensor, gram: Gram, rtol: float) -> tuple[float, float]:
-    """What is attained, and a proved ceiling of its square; a failed factorisation sends the search back to work."""
-    lower = 0.0
-    for vector in _candidates(gram.matrix, rtol):
-        lower = max(lower, attained_by_matrix(tall, vector))
-        ceiling = _ceiling(gram, lower * lower * (1 + _shift(gram, lower, rtol)))
-        if ceiling < math.inf:
-            return lower, ceiling
-    shift = 10 * _shift(gram, lower, rtol)
-    while ceiling == math.inf and shift < 100.0:
-        ceiling = _ceiling(gram, lower * lower * (1 + shift))
-        shift *= 10
-    return lower, ceiling
+def top_vector(gram: Tensor, rtol: float) -> Tensor:
+    """Return an approximate top eigenvector, shape (n,), of a positive semi-definite matrix; nothing is proved."""
+    n = gram.shape[0]
+    if n <= _SMALL:
+        return torch.linalg.eigh(gram).eigenvectors[:, -1]
+    narrow = n >= _SINGLE and rtol >= 1e-8
+    searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(searched)
+    start = searched[:, int(gram.diagonal().abs().argmax())] + searched.mean(1)
+    start = start / torch.linalg.vector_norm(start) + noise / torch.linalg.vector_norm(noise)
+    # The eigenvalue's relative error is twice the norm's; a tenth of the target leaves room for the shift.
+    return lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol).vector.to(gram)
 
 
-def _shift(gram: Gram, attained: float, rtol: float) -> float:
+def _shift(n: int, noise: float, rtol: float) -> float:
     """How far above the attained square to factor, relative to it.
 
     A full eigendecomposition leaves only rounding in between; a search leaves a part of the target.
     """
-    n = gram.matrix.shape[0]
-    noise = gram.error + 4 * n * rounding.U * float(gram.matrix.diagonal().abs().sum())
-    noise = 4 * noise / (attained * attained)
-    return noise if n <= _SMALL else max(1.6 * rtol, noise)
+    return 4 * noise if n <= _SMALL else max(1.6 * rtol, 4 * noise)
 
 
-def _candidates(gram: Tensor, rtol: float) -> Iterator[Tensor]:
-    """Approximate top eigenvectors, shape (n,), of a positive semi-definite matrix, each better than the one before."""
-    n = gram.shape[0]
-    if n <= _SMALL:
-        yield torch.linalg.eigh(gram).eigenvectors[:, -1]
-        return
-    narrow = n >= _SINGLE and rtol >= 1e-8
-    searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
-    generator = torch.Generator().manual_seed(n)
-    noise = torch.randn(n, generator=generator, dtype=torch.float64).to(searched)
-    start = searched[:, int(gram.diagonal().abs().argmax())] + searched.mean(1)
-    start = start / torch.linalg.vector_norm(start) + noise / torch.linalg.vector_norm(noise)
-    # The eigenvalue's relative error is twice the norm's; a tenth of the target leaves room for the shift.
-    found = lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol).vector.to(gram)
-    yield found
-    if n <= _DECOMPOSED:
-        yield torch.linalg.eigh(gram).eigenvectors[:, -1]
-    else:
-        start = found + 1e-3 * noise.to(gram) / torch.linalg.vector_norm(noise)
-        yield lanczos(lambda v: gram @ v, start, steps=2 * _STEPS, tolerance=1e-4 * rtol).vector
-
-
-def _ceiling(gram: Gram, t: float) -> float:
-    """A proved bound `lambda_max <= t + losses` by one factorisation of `t I - G`, or inf if it breaks down."""
+def _factored(gram: Gram, t: float) -> Factored | None:
+    """One factorisation of `t I - G` with the proved bound `lambda_max <= t + losses`, or None if it breaks down."""
     shifted = gram.matrix.neg()
     diagonal = shifted.diagonal()
+    largest = float(diagonal.abs().max())
     diagonal += t
-    margin = float(eigenvalue_floor(shifted))
+    factor, floor = factor_with_floor(shifted)
+    margin = float(floor)
     if margin == -math.inf:
-        return math.inf
+        return None
     # Each diagonal entry of the shifted matrix is rounded once.
-    largest = float(gram.matrix.diagonal().abs().max())
     rounded = rounding.mul_up(2 * rounding.U, rounding.add_up(t, largest))
-    return rounding.add_up(t, -margin, gram.error, rounded)
+    ceiling = rounding.add_up(t, -margin, gram.error, rounded)
+    return Factored(ceiling, lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0])

@@ -11,7 +11,7 @@ from opnorm._enclosure import Enclosure
 from opnorm.certificate.posdef import require_ieee_arithmetic
 from opnorm.errors import InputShapeError
 from opnorm.norms.attained import attained
-from opnorm.norms.blocks import Peak, grid_maximum
+from opnorm.norms.blocks import Peak, grid_maximum, largest_frobenius
 from opnorm.norms.lanczos import lanczos
 from opnorm.norms.scaling import normalised
 from opnorm.norms.symbol import Grid
@@ -103,6 +103,18 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
         rtol,
         note=note,
     )
+
+
+def frobenius_by_group(conv: Conv) -> list[float]:
+    """Return, for each group of a zero-padded convolution, a proved bound: the largest Frobenius norm of its symbol."""
+    scaled, exponent = normalised(conv.weight)
+    grid = _grid(replace(conv, weight=scaled), torus_sizes(conv)[0])
+    most = largest_frobenius(grid)
+    root = rounding.down(math.sqrt(grid.aliases))
+    return [
+        rounding.ldexp_up(rounding.add_up(rounding.div_up(value, root), grid.error), exponent)
+        for value in most.tolist()
+    ]
 
 
 def torus_flops(operator: Conv | ConvTranspose) -> float:

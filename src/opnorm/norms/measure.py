@@ -11,12 +11,13 @@ from opnorm._enclosure import Enclosure, Guarantee
 from opnorm.errors import ArgumentError
 from opnorm.layers import to_operator
 from opnorm.norms.banded import banded_norm
-from opnorm.norms.convolution import dense_convolution_norm, row_sum_norm
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.fourier import size_free_norm, torus_norm
+from opnorm.norms.groups import norm_over_groups
 from opnorm.norms.lp import L2, Order, lp_norm, parse_order
 from opnorm.norms.materialised import materialised_norm, matrix_of
 from opnorm.norms.probable import estimated_norm, probable_norm
+from opnorm.norms.row_sums import row_sum_norm
 from opnorm.norms.scaling import normalised
 from opnorm.norms.select import DENSE_LIMIT, select
 from opnorm.norms.structured import structured_norm
@@ -140,14 +141,12 @@ def _run(
             return torus_norm(operator, rtol=rtol)
         case "size-free", Conv() | ConvTranspose():
             return size_free_norm(operator, rtol=rtol)
-        case "banded", Conv():
-            return banded_norm(operator, rtol=rtol)
-        case "banded", ConvTranspose() if operator.in_shape == operator.conv.out_shape:
-            return banded_norm(operator.conv, rtol=rtol)
+        case "banded", Conv() | ConvTranspose():
+            return norm_over_groups(operator, lambda part: banded_norm(part, rtol=rtol))
         case "dense", Dense():
             return dense_norm(operator.weight, rtol=rtol)
         case "dense", Conv() | ConvTranspose():
-            return dense_convolution_norm(operator, rtol=rtol)
+            return norm_over_groups(operator, lambda part: materialised_norm(part, rtol=rtol))
         case _:
             return materialised_norm(operator, rtol=rtol)
 
