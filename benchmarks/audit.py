@@ -26,9 +26,10 @@ SIDE, MATRICES = 2048, 64
 AUDIT = """
 import json, sys, time, torch, opnorm
 from opnorm import auditing
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 report = auditing.audit(sys.argv[1])
-print(json.dumps({"seconds": time.perf_counter() - start, "weights": len(report.rows),
+seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "weights": len(report.rows),
                   "accounted": report.measured_elements + report.skipped_elements, "elements": report.elements,
                   "widest_gap": max(row.gap for row in report.rows)}))
 """
@@ -46,9 +47,10 @@ for name, value in state.items():
         layer = torch.nn.Linear(value.shape[1], value.shape[0], bias=False)
         layer.weight.data = value
         layers[name.replace(".", "_")] = layer
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 details = weightwatcher.WeightWatcher(model=layers).analyze()
-print(json.dumps({"seconds": time.perf_counter() - start, "weights": len(details), "given": len(layers)}))
+seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "weights": len(details), "given": len(layers)}))
 """
 
 HOLD = """
@@ -75,8 +77,14 @@ def compare(checkpoint: str, weightwatcher: str, repeats: int) -> dict[str, obje
     ]
     ours = min((pair[0] for pair in pairs), key=lambda result: result["seconds"])
     theirs = min((pair[1] for pair in pairs), key=lambda result: result["seconds"])
-    ratios = [their["seconds"] / our["seconds"] for our, their in pairs]
-    return {"opnorm": ours, "weightwatcher": theirs, "ratio": theirs["seconds"] / ours["seconds"], "ratios": ratios}
+    return {
+        "opnorm": ours,
+        "weightwatcher": theirs,
+        "ratio": theirs["seconds"] / ours["seconds"],
+        "ratios": [their["seconds"] / our["seconds"] for our, their in pairs],
+        "cpu_ratios": [their["cpu_seconds"] / our["cpu_seconds"] for our, their in pairs],
+        "environment": environment(),
+    }
 
 
 def anonymous_memory(pid: int) -> int:
@@ -136,6 +144,7 @@ def memory(folder: str | None) -> dict[str, float]:
         "peak_bytes": peak,
         "above_imports_in_largest_float64_tensors": (peak - base) / tensor,
         "seconds": time.perf_counter() - start,
+        "environment": environment(),
     }
 
 
@@ -153,12 +162,12 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cpu": model,
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
+        "load": os.getloadavg()[0],
     }
 
 
 def main() -> None:
-    """Run what was asked for and write the result."""
+    """Run what was asked for; what was not measured again keeps its last figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a transformer's safetensors file or folder")
     parser.add_argument("--weightwatcher", help="the interpreter that has weightwatcher")
@@ -168,7 +177,7 @@ def main() -> None:
         "--folder", help="where to put the large file for a while (1 GB); default: the temporary folder"
     )
     args = parser.parse_args()
-    result: dict[str, object] = {"environment": environment()}
+    result: dict[str, object] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if args.checkpoint and args.weightwatcher:
         result["transformer"] = compare(args.checkpoint, args.weightwatcher, args.repeats)
     if not args.no_memory:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import socket
 import struct
 import zipfile
@@ -125,6 +126,17 @@ def test_storages_that_claim_more_than_the_file_holds(tmp_path: Path, size: int)
         open_checkpoint(path)
 
 
+def test_a_storage_that_no_data_follows_is_not_read_from_elsewhere(tmp_path: Path) -> None:
+    # The list of stored keys is emptied: without a check the tensor would be memory that was never written.
+    data, end = _claims_more(2**28), 0
+    for _ in range(4):
+        *_, (_, _, stop) = pickletools.genops(data[end:])
+        end += stop + 1
+    (tmp_path / "x.pt").write_bytes(data[:end] + pickle.dumps([], 2))
+    with pytest.raises(CheckpointError, match=r"claim \d+ bytes in a file of"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("step", range(12))
 def test_no_flipped_byte_ends_in_another_error(tmp_path: Path, step: int) -> None:
     for index, content in enumerate((WHOLE, LEGACY, SAFE)):
@@ -170,5 +182,5 @@ def test_a_file_without_permission(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
 def test_paths_that_no_file_can_have(name: str) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read|no such file"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|no such file"):
         open_checkpoint(name)
