@@ -1,0 +1,204 @@
+"""A program as a chain of stages on covariances: what is to be proved once its multipliers are chosen.
+
+A vector z (the base: the tensors that are live, one under the other) is *covered* by P when, for any two inputs,
+the difference of z lies in `{ P^(1/2) w : |w| <= |dx| }`. A stage reads `y = read z`, passes it through a function
+with slopes in [middle - radius, middle + radius] (or any function with `|dv| <= radius |dy|` where it is opaque),
+and leaves the new base `(keep z, v)`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from opnorm import _rounding as rounding
+from opnorm.certificate.network.affine import (
+    Rows,
+    exact_identity,
+    mapped,
+    permuted,
+    scaled_rows,
+    stacked,
+    summed,
+)
+from opnorm.certificate.network.maps import Weights
+from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
+from opnorm.errors import TooLargeError
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One non-linear step.
+
+    Attributes:
+        mean: rows of `(keep z, middle * y)`, the part of the new base that is linear in the old one.
+        spread: rows of `radius * y` where the radius is positive.
+        free: positions in the new base of the free part of v, one per multiplier.
+        opaque: whether all multipliers must be one number.
+        step: position of the step in the program.
+        keeps: whether other tensors stay live beside v.
+        lean: the largest |middle| / radius of an element.
+    """
+
+    mean: Rows
+    spread: Rows
+    free: Tensor
+    opaque: bool
+    step: int
+    keeps: bool = False
+    lean: float = 0.0
+
+    @cached_property
+    def decoupled(self) -> bool:
+        """Whether nothing of the new base is linear in the old one."""
+        return not bool((self.mean.value != 0).any())
+
+    @cached_property
+    def mirrored(self) -> bool:
+        """Whether the two parts are the same rows, as for a ReLU beside which nothing stays live."""
+        return torch.equal(self.mean.value, self.spread.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """All stages, and the outputs in terms of the last base.
+
+    Attributes:
+        width: size of the first base: all inputs together, covered by the identity.
+        stages: in order.
+        out: rows of the outputs over the last base.
+    """
+
+    width: int
+    stages: tuple[Stage, ...]
+    out: Rows
+
+
+def centre_and_radius(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Floats m and r with `[low, high]` inside `[m - r, m + r]` in exact arithmetic."""
+    middle = (low + high) / 2
+    gap = torch.maximum(high - middle, middle - low)
+    exact = (gap + middle == high) & (middle - gap == low) & (torch.frexp(gap)[0].abs() == 0.5)
+    return middle, torch.where(exact | (gap == 0), gap, gap * (1 + 4 * rounding.U) + rounding.TINY)
+
+
+def per_element(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """One number, one per channel (leading axis) or one per element, as one per element, flattened."""
+    if values.dim() == 1 and len(shape) > 1:
+        values = values.reshape(-1, *([1] * (len(shape) - 1)))
+    return values.expand(shape).reshape(-1).contiguous()
+
+
+def dense_chain(
+    program: Program,
+    weights: Weights,
+    limit: int = 4096,
+    slopes: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Chain:
+    """The stages of a program with one dense block.
+
+    Args:
+        program: what the network computes.
+        weights: its stored weights, by name.
+        limit: largest number of elements in a base.
+        slopes: slopes of elementwise steps that hold on a region, instead of the global ones.
+
+    Raises:
+        TooLargeError: if a base would exceed `limit`.
+    """
+    weights = {**weights, **program.constants}
+    last = _last_readers(program)
+    width = sum(program.steps[i].size for i in program.inputs)
+    _require(width, limit)
+    rows: dict[int, Rows] = {}
+    start = 0
+    stages: list[Stage] = []
+    for position, step in enumerate(program.steps):
+        if isinstance(step, Input):
+            rows[position] = _slice_of_identity(width, start, step.size)
+            start += step.size
+        elif isinstance(step, Elementwise | Opaque):
+            stage, rows = _stage(program, position, rows, last, limit, (slopes or {}).get(position))
+            stages.append(stage)
+        else:
+            _require(step.size, limit)
+            rows[position] = affine_rows(step, [rows[i] for i in step.sources], program, weights)
+        rows = {i: r for i, r in rows.items() if last[i] > position or isinstance(program.steps[i], Input)}
+    return Chain(width, tuple(stages), stacked([rows[i] for i in program.outputs]))
+
+
+def affine_rows(step: Step, parts: list[Rows], program: Program, weights: Weights) -> Rows:
+    """The rows of an affine step from those of its sources."""
+    if isinstance(step, Linear):
+        return mapped(parts[0], step.map, weights)
+    if isinstance(step, Sum):
+        return summed(parts, step.coefficients)
+    assert isinstance(step, Concat)
+    shapes = [program.steps[i].shape for i in step.sources]
+    return permuted(stacked(parts), concat_order(shapes, step.axis))
+
+
+def concat_order(shapes: list[tuple[int, ...]], axis: int) -> Tensor:
+    """Where each element of the concatenation lies among the flattened parts."""
+    parts, start = [], 0
+    for shape in shapes:
+        size = int(torch.Size(shape).numel())
+        parts.append(torch.arange(start, start + size).reshape(shape))
+        start += size
+    return torch.cat(parts, axis).reshape(-1)
+
+
+def _stage(
+    program: Program,
+    position: int,
+    rows: dict[int, Rows],
+    last: list[int],
+    limit: int,
+    local: tuple[Tensor, Tensor] | None,
+) -> tuple[Stage, dict[int, Rows]]:
+    step = program.steps[position]
+    keep = [i for i in rows if last[i] > position]
+    kept = sum(rows[i].height for i in keep)
+    _require(kept + step.size, limit)
+    source = stacked([rows[i] for i in step.sources]) if len(step.sources) > 1 else rows[step.sources[0]]
+    if isinstance(step, Opaque):
+        radius = torch.full((source.height,), step.constant, dtype=torch.float64)
+        blank = Rows(torch.zeros(1, step.size, source.value.shape[-1], dtype=source.value.dtype))
+        mean, spread, free, lean = blank, scaled_rows(source, radius), torch.arange(step.size), 0.0
+    else:
+        assert isinstance(step, Elementwise)
+        low, high = local if local is not None else (step.low, step.high)
+        middle, radius = centre_and_radius(per_element(low, step.shape), per_element(high, step.shape))
+        free = torch.nonzero(radius > 0).flatten()
+        mean = scaled_rows(source, middle)
+        spread = scaled_rows(permuted(source, free), radius[free])
+        lean = float((middle[free].abs() / radius[free]).max()) if len(free) else 0.0
+    new: dict[int, Rows] = {}
+    start, width = 0, kept + step.size
+    for i in keep:
+        new[i] = _slice_of_identity(width, start, rows[i].height)
+        start += rows[i].height
+    new[position] = _slice_of_identity(width, start, step.size)
+    everything = stacked([*(rows[i] for i in keep), mean])
+    return Stage(everything, spread, free + kept, isinstance(step, Opaque), position, bool(keep), lean), new
+
+
+def _slice_of_identity(width: int, start: int, size: int) -> Rows:
+    return Rows(exact_identity(width).value[:, start : start + size])
+
+
+def _last_readers(program: Program) -> list[int]:
+    """The last step that reads each step; past the end for outputs."""
+    last = [max(readers, default=-1) for readers in program.readers()]
+    for output in program.outputs:
+        last[output] = len(program.steps)
+    return last
+
+
+def _require(size: int, limit: int) -> None:
+    if size > limit:
+        raise TooLargeError(
+            f"the dense calculus would hold {size} live elements, more than the limit of {limit}; "
+            "use method='fourier' for convolutions, or method='naive'"
+        )

@@ -1,0 +1,1 @@
+"""From layers to the network: naive rules, the covariance calculus, and their proofs."""

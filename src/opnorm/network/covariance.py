@@ -1,0 +1,126 @@
+"""The covariance calculus in plain floating point: what the search for multipliers evaluates. Claims nothing.
+
+The formulas are those of `certificate.network.proof`; see there and `docs/guides/network.md` for the mathematics.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opnorm.certificate.network.stages import Chain, Stage
+
+Chooser = Callable[[int, Stage, Tensor], Tensor]
+"""(number of the stage, stage, B = radius Q radius) -> one multiplier per row of `spread`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """What the forward pass leaves at one stage for the adjoint.
+
+    Attributes:
+        cover: of the base before the stage.
+        b: `radius Q radius`, shape (blocks, k, k).
+        factor: Cholesky factor of `S - B`.
+        multiplier: S, shape (k,).
+    """
+
+    cover: Tensor
+    b: Tensor
+    factor: Tensor
+    multiplier: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A forward pass: the covariance of the outputs and the state at each stage."""
+
+    output: Tensor  # shape: (blocks, n_out, n_out)
+    passed: tuple[Passed, ...]
+
+    @property
+    def multipliers(self) -> list[Tensor]:
+        """The multipliers that were used."""
+        return [p.multiplier for p in self.passed]
+
+
+def forward(chain: Chain, choose: Chooser) -> Forward:
+    """Run the calculus with the multipliers that `choose` returns, each feasible (S > B)."""
+    cover = torch.eye(chain.width, dtype=chain.out.value.dtype)[None]
+    passed = []
+    for number, stage in enumerate(chain.stages):
+        spread = stage.spread.value
+        half = spread @ cover if number else spread  # the inputs' cover is the identity
+        b = _hermitian(half @ spread.mH)
+        s = choose(number, stage, b)
+        factor = torch.linalg.cholesky(torch.diag_embed(s).to(b.dtype) - b)
+        passed.append(Passed(cover, b, factor, s))
+        cover = update(stage, cover, half, b, s, factor)
+    out = chain.out.value
+    return Forward(_hermitian(out @ cover @ out.mH), tuple(passed))
+
+
+def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, s: Tensor, factor: Tensor) -> Tensor:
+    """The cover after a stage: `Z P Z^H + Z P A^H (S - B)^-1 A P Z^H + S` on the free part."""
+    mean = stage.mean.value
+    kept = b if stage.mirrored else _hermitian(mean @ cover @ mean.mH)
+    lifted = torch.linalg.solve_triangular(factor, b if stage.mirrored else half @ mean.mH, upper=False)
+    free = torch.zeros(stage.mean.height, dtype=s.dtype)
+    values = s[:1].expand(len(stage.free)) if stage.opaque else s
+    free = free.index_put((stage.free,), values)
+    return kept + _hermitian(lifted.mH @ lifted) + torch.diag(free).to(cover.dtype)
+
+
+def ratio(b: Tensor, s: Tensor) -> Tensor:
+    """The largest eigenvalue of `S^-1/2 B S^-1/2` over all blocks: below 1 where S is feasible."""
+    if not s.numel():
+        return torch.zeros((), dtype=s.dtype)
+    root = s.rsqrt().to(b.dtype)
+    return largest_eigenvalue(root[:, None] * b * root[None])
+
+
+def largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """The largest over the blocks, differentiable through the eigenvector of the largest."""
+    with torch.no_grad():
+        if not matrix.requires_grad:
+            return torch.linalg.eigvalsh(matrix.detach())[..., -1].amax()
+        values, vectors = torch.linalg.eigh(matrix.detach())
+        block = int(values[..., -1].argmax())
+        top = vectors[block, :, -1]
+    return (top.conj() @ (matrix[block] @ top)).real
+
+
+def bound_squared(result: Forward) -> Tensor:
+    """The squared Lipschitz bound of a forward pass."""
+    return largest_eigenvalue(result.output)
+
+
+def grouped(stage: Stage, s: Tensor) -> Tensor:
+    """Multipliers made feasible in form: one number (their largest) where the stage is opaque."""
+    return s.amax().expand_as(s) if stage.opaque and s.numel() else s
+
+
+def within(stage: Stage, b: Tensor, s: Tensor, margin: float = 1.02) -> Tensor:
+    """The multipliers scaled up, where that is needed, to `S >= margin * rho * S0`.
+
+    Where nothing of the new base is linear in the old one, the smallest feasible size is the best.
+    """
+    s = grouped(stage, s)
+    if stage.decoupled:
+        return s * (ratio(b, s) * (1 + 1e-7)).clamp_min(1e-280)
+    return s * torch.clamp(ratio(b, s) * margin, min=1.0)
+
+
+def fixed(multipliers: Sequence[Tensor], margin: float = 1.02) -> Chooser:
+    """A chooser that takes given multipliers, scaled to feasibility."""
+    return lambda number, stage, b: within(stage, b, multipliers[number], margin)
+
+
+def given(multipliers: Sequence[Tensor]) -> Chooser:
+    """A chooser that takes given feasible multipliers as they are."""
+    return lambda number, stage, b: multipliers[number]
+
+
+def _hermitian(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mH) / 2

@@ -1,0 +1,91 @@
+"""The adjoint fixed point: good multipliers without autograd and without a solver."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from opnorm.certificate.network.stages import Chain
+from opnorm.network.covariance import Forward, Passed, fixed, forward
+
+_SHARPNESS = (2.0, 8.0, 30.0)
+
+
+def adjoint_fixed_point(
+    chain: Chain, begin: Forward, iterations: int = 30, directions: int = 10, margin: float = 1.02
+) -> Forward:
+    """Lower the bound by `log S <- (1 - a) log S + a log target` with backtracking; never returns a worse one.
+
+    With w the adjoint of the top output directions, the derivative of the bound in `S_j` is `|w_j|^2 - |g_j|^2`,
+    where `g = (S - B)^-1 A P h`; so at a minimum `|g_j| = |w_j|`, and the target is `S_j |g_j| / |w_j|`.
+    The soft maximum over output directions sharpens in three steps.
+    """
+    best, value = begin, _top(begin)
+    done = 0
+    for phase, sharpness in enumerate(_SHARPNESS):
+        current = [s.log() for s in best.multipliers]
+        aims = targets(chain, best, directions, sharpness)
+        step, first = 0.5, done
+        budget = max(6, iterations * (phase + 1) // len(_SHARPNESS) - first)
+        while done < iterations - 1 and done - first < budget:
+            moved = [((1 - step) * c + step * t).exp() for c, t in zip(current, aims, strict=True)]
+            trial = forward(chain, fixed(moved, margin))
+            done += 1
+            gain = 1.0
+            if _top(trial) < value:
+                gain = 1 - _top(trial) / value
+                best, value = trial, _top(trial)
+                current = [s.log() for s in best.multipliers]
+                aims = targets(chain, best, directions, sharpness)
+                step = min(1.3 * step, 0.9)
+            else:
+                step *= 0.4
+            if step < 2e-2 or gain < 1e-5:
+                break
+    return best
+
+
+def targets(chain: Chain, result: Forward, directions: int, sharpness: float) -> list[Tensor]:
+    """The logarithm of the multipliers that each stage's stationarity asks for."""
+    return [
+        s.log() + _log_ratio(g, w, stage.opaque)
+        for stage, s, (g, w) in zip(
+            chain.stages, result.multipliers, adjoint(chain, result, directions, sharpness), strict=True
+        )
+    ]
+
+
+def adjoint(chain: Chain, result: Forward, directions: int, sharpness: float) -> list[tuple[Tensor, Tensor]]:
+    """For each stage the rows g and w, shape (blocks, k, directions), of the weighted top output directions."""
+    values, vectors = torch.linalg.eigh(result.output)
+    count = min(directions, values.shape[-1])
+    top = values[..., -count:]
+    weight = torch.exp(sharpness * (top / top.amax() - 1))
+    weight = (weight / weight.sum()).sqrt()
+    w = chain.out.value.mH @ (vectors[..., -count:] * weight[:, None, :])
+    found: list[tuple[Tensor, Tensor]] = []
+    for stage, passed in zip(reversed(chain.stages), reversed(result.passed), strict=True):
+        free = w[:, stage.free]
+        h = stage.mean.value.mH @ w
+        g = _pulled(stage.spread.value, passed, h)
+        found.append((g, free))
+        w = h + stage.spread.value.mH @ g
+    return found[::-1]
+
+
+def _pulled(spread: Tensor, passed: Passed, h: Tensor) -> Tensor:
+    return torch.cholesky_solve(spread @ (passed.cover @ h), passed.factor)
+
+
+def _log_ratio(g: Tensor, w: Tensor, opaque: bool) -> Tensor:
+    over = (0, 1, 2) if opaque else (0, 2)
+    top = g.abs().square().sum(over).sqrt()
+    bottom = w.abs().square().sum(over).sqrt()
+    if not top.numel():
+        return top
+    return ((top + 1e-6 * top.max() + 1e-290) / (bottom + 1e-6 * bottom.max() + 1e-290)).log()
+
+
+def _top(result: Forward) -> float:
+    value = float(torch.linalg.eigvalsh(result.output)[..., -1].amax())
+    return value if math.isfinite(value) else math.inf
