@@ -1,6 +1,7 @@
 """`torch.export` with a dynamic batch, read into a `Graph`."""
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -61,14 +62,38 @@ def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.Exp
     # A dynamic axis is traced as one that is not 0 or 1; three samples keep it from meeting another size of two.
     example = tuple(torch.cat([b, b[:1]]) for b in batches)
     try:
-        with torch.no_grad():
-            return torch.export.export(model, example, dynamic_shapes=dynamic)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, raised inside its exporter
+            program = torch.export.export(model, example, dynamic_shapes=dynamic)
+            return program.run_decompositions({}) if _writes_shared_memory(program) else program
     except Exception as problem:  # torch.export raises many unrelated classes
         first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise UnsupportedLayerError(
             f"torch.export cannot trace {type(model).__name__} with a batch of any size: {first} "
             "(a fixed batch size, as in view(8, -1), or control flow that depends on values are the usual causes)"
         ) from problem
+
+
+def _writes_shared_memory(program: torch.export.ExportedProgram) -> bool:
+    """Whether an operation in place could be seen through another name: then the graph must be made functional."""
+    for node in program.graph.nodes:
+        name = str(node.target).split(".")
+        if node.op == "call_function" and len(name) > 1 and name[1].endswith("_") and not name[1].startswith("_"):
+            source = node.args[0]
+            fresh = source.op == "call_function" and not _may_alias(source)
+            if not fresh or len(source.users) > 1:
+                return True
+    return False
+
+
+def _may_alias(node: torch.fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    name = str(node.target).split(".")
+    in_place = len(name) > 1 and name[1].endswith("_")
+    composite = len(name) > 1 and name[1] in ("reshape", "flatten", "contiguous", "to", "dropout", "chunk", "type_as")
+    return composite or schema is None or (not in_place and any(r.alias_info is not None for r in schema.returns))
 
 
 class _Reader:

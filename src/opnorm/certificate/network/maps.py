@@ -182,12 +182,14 @@ class Scale(LinearMap):
         axis: the axis of the sample that the factors belong to.
         variance: name of BatchNorm's running variance, or empty.
         eps: added to the variance.
+        rounded: relative error of the stored factors in units of 2^-53.
     """
 
     weight: str
     axis: int
     variance: str = ""
     eps: float = 0.0
+    rounded: int = 0
 
     def factors(self, weights: Weights) -> Tensor:
         """The factors, shape (n,); off by at most `units` of 2^-53 relative."""
@@ -211,7 +213,7 @@ class Scale(LinearMap):
 
     @property
     def units(self) -> int:  # noqa: D102
-        return 4 if self.variance else 0
+        return self.rounded + (4 if self.variance else 0)
 
     @property
     def names(self) -> tuple[str, ...]:  # noqa: D102

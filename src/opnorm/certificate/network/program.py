@@ -53,9 +53,15 @@ class Sum(Step):
 
 @dataclass(frozen=True)
 class Concat(Step):
-    """The results of the sources, one after the other, along an axis of the sample."""
+    """The results of the sources, one after the other, along an axis of the sample.
+
+    Attributes:
+        axis: of the sample.
+        shapes: how each source's elements are to be read, in order.
+    """
 
     axis: int
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)

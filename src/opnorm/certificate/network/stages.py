@@ -123,23 +123,22 @@ def dense_chain(
             stages.append(stage)
         else:
             _require(step.size, limit)
-            rows[position] = affine_rows(step, [rows[i] for i in step.sources], program, weights)
+            rows[position] = affine_rows(step, [rows[i] for i in step.sources], weights)
         rows = {i: r for i, r in rows.items() if last[i] > position or isinstance(program.steps[i], Input)}
     return Chain(width, tuple(stages), stacked([rows[i] for i in program.outputs]))
 
 
-def affine_rows(step: Step, parts: list[Rows], program: Program, weights: Weights) -> Rows:
+def affine_rows(step: Step, parts: list[Rows], weights: Weights) -> Rows:
     """The rows of an affine step from those of its sources."""
     if isinstance(step, Linear):
         return mapped(parts[0], step.map, weights)
     if isinstance(step, Sum):
         return summed(parts, step.coefficients)
     assert isinstance(step, Concat)
-    shapes = [program.steps[i].shape for i in step.sources]
-    return permuted(stacked(parts), concat_order(shapes, step.axis))
+    return permuted(stacked(parts), concat_order(step.shapes, step.axis))
 
 
-def concat_order(shapes: list[tuple[int, ...]], axis: int) -> Tensor:
+def concat_order(shapes: tuple[tuple[int, ...], ...], axis: int) -> Tensor:
     """Where each element of the concatenation lies among the flattened parts."""
     parts, start = [], 0
     for shape in shapes:
