@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opnorm.certificate.network.stages import Chain, Stage
+from opnorm.certificate.network.stages import Chain, Collect, Regrid, Stage, Transition
 
 Chooser = Callable[[int, Stage, Tensor], Tensor]
-"""(number of the stage, stage, B = radius Q radius) -> one multiplier per row of `spread`."""
+"""(number of the choice, stage, B = radius Q radius) -> the multipliers, one for each group of rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +20,14 @@ class Passed:
     """What the forward pass leaves at one stage for the adjoint.
 
     Attributes:
-        cover: of the base before the stage.
+        stage: the stage.
+        cover: of the base before it.
         b: `radius Q radius`, shape (blocks, k, k).
         factor: Cholesky factor of `S - B`.
-        multiplier: S, shape (k,).
+        multiplier: one for each group of rows.
     """
 
+    stage: Stage
     cover: Tensor
     b: Tensor
     factor: Tensor
@@ -37,26 +39,37 @@ class Forward:
     """A forward pass: the covariance of the outputs and the state at each stage."""
 
     output: Tensor  # shape: (blocks, n_out, n_out)
-    passed: tuple[Passed, ...]
+    passed: tuple[Passed | Transition, ...]
+
+    @property
+    def choices(self) -> list[Passed]:
+        """The state at the stages that have multipliers."""
+        return [p for p in self.passed if isinstance(p, Passed)]
 
     @property
     def multipliers(self) -> list[Tensor]:
         """The multipliers that were used."""
-        return [p.multiplier for p in self.passed]
+        return [p.multiplier for p in self.choices]
 
 
 def forward(chain: Chain, choose: Chooser) -> Forward:
     """Run the calculus with the multipliers that `choose` returns, each feasible (S > B)."""
-    cover = torch.eye(chain.width, dtype=chain.out.value.dtype)[None]
-    passed = []
-    for number, stage in enumerate(chain.stages):
+    cover = torch.eye(chain.width, dtype=chain.dtype).expand(chain.blocks, chain.width, chain.width)
+    passed: list[Passed | Transition] = []
+    number = 0
+    for stage in chain.stages:
+        if isinstance(stage, Regrid | Collect):
+            passed.append(stage)
+            cover = stage.apply(cover)
+            continue
         spread = stage.spread.value
-        half = spread @ cover if number else spread  # the inputs' cover is the identity
+        half = spread @ cover if passed else spread  # the inputs' cover is the identity
         b = _hermitian(half @ spread.mH)
         s = choose(number, stage, b)
-        factor = torch.linalg.cholesky(torch.diag_embed(s).to(b.dtype) - b)
-        passed.append(Passed(cover, b, factor, s))
+        factor = torch.linalg.cholesky(torch.diag(s[stage.groups]).to(b.dtype) - b)
+        passed.append(Passed(stage, cover, b, factor, s))
         cover = update(stage, cover, half, b, s, factor)
+        number += 1
     out = chain.out.value
     return Forward(_hermitian(out @ cover @ out.mH), tuple(passed))
 
@@ -64,19 +77,19 @@ def forward(chain: Chain, choose: Chooser) -> Forward:
 def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, s: Tensor, factor: Tensor) -> Tensor:
     """The cover after a stage: `Z P Z^H + Z P A^H (S - B)^-1 A P Z^H + S` on the free part."""
     mean = stage.mean.value
+    free = torch.diag(stage.free_diagonal(s)).to(cover.dtype)
+    if stage.decoupled:
+        return free.expand(cover.shape[0], -1, -1)
     kept = b if stage.mirrored else _hermitian(mean @ cover @ mean.mH)
     lifted = torch.linalg.solve_triangular(factor, b if stage.mirrored else half @ mean.mH, upper=False)
-    free = torch.zeros(stage.mean.height, dtype=s.dtype)
-    values = s[:1].expand(len(stage.free)) if stage.opaque else s
-    free = free.index_put((stage.free,), values)
-    return kept + _hermitian(lifted.mH @ lifted) + torch.diag(free).to(cover.dtype)
+    return kept + _hermitian(lifted.mH @ lifted) + free
 
 
-def ratio(b: Tensor, s: Tensor) -> Tensor:
+def ratio(stage: Stage, b: Tensor, s: Tensor) -> Tensor:
     """The largest eigenvalue of `S^-1/2 B S^-1/2` over all blocks: below 1 where S is feasible."""
     if not s.numel():
         return torch.zeros((), dtype=s.dtype)
-    root = s.rsqrt().to(b.dtype)
+    root = s.rsqrt()[stage.groups].to(b.dtype)
     return largest_eigenvalue(root[:, None] * b * root[None])
 
 
@@ -96,20 +109,19 @@ def bound_squared(result: Forward) -> Tensor:
     return largest_eigenvalue(result.output)
 
 
-def grouped(stage: Stage, s: Tensor) -> Tensor:
-    """Multipliers made feasible in form: one number (their largest) where the stage is opaque."""
-    return s.amax().expand_as(s) if stage.opaque and s.numel() else s
-
-
 def within(stage: Stage, b: Tensor, s: Tensor, margin: float = 1.02) -> Tensor:
     """The multipliers scaled up, where that is needed, to `S >= margin * rho * S0`.
 
     Where nothing of the new base is linear in the old one, the smallest feasible size is the best.
     """
-    s = grouped(stage, s)
     if stage.decoupled:
-        return s * (ratio(b, s) * (1 + 1e-7)).clamp_min(1e-280)
-    return s * torch.clamp(ratio(b, s) * margin, min=1.0)
+        return s * (ratio(stage, b, s) * (1 + 1e-7)).clamp_min(1e-280)
+    return s * torch.clamp(ratio(stage, b, s) * margin, min=1.0)
+
+
+def per_group(groups: Tensor, count: int, rows: Tensor) -> Tensor:
+    """Sums of a value per row over each group, shape (rows,) -> (count,)."""
+    return torch.zeros(count, dtype=rows.dtype).index_add(0, groups, rows)
 
 
 def fixed(multipliers: Sequence[Tensor], margin: float = 1.02) -> Chooser:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.affine import Rows
-from opnorm.certificate.network.stages import Chain, Stage
+from opnorm.certificate.network.stages import Chain, Collect, Regrid, Stage
 from opnorm.certificate.posdef import eigenvalue_floor, require_ieee_arithmetic
 from opnorm.errors import CertificateError
 
@@ -49,18 +49,38 @@ def prove(chain: Chain, multipliers: Sequence[Tensor], pairs_up_to: int = 1024) 
         CertificateError: if a stage cannot be proved, such as for multipliers that are too small.
     """
     require_ieee_arithmetic()
-    cover = start(chain.width)
-    for number, (stage, multiplier) in enumerate(zip(chain.stages, multipliers, strict=True)):
-        cover = advance(cover, stage, multiplier, number)
+    cover = start(chain)
+    queue = list(multipliers)
+    if len(queue) != len(chain.choices):
+        raise CertificateError(f"the network has {len(chain.choices)} non-linear steps, not {len(queue)}")
+    for stage in chain.stages:
+        if isinstance(stage, Stage):
+            cover = advance(cover, stage, queue.pop(0))
+        elif isinstance(stage, Regrid):
+            cover = stage.apply(cover)
+        else:
+            cover = collected(cover, stage)
     return conclude(cover, chain.out, pairs_up_to)
 
 
-def start(width: int) -> Tensor:
-    """The cover of the inputs."""
-    return torch.eye(width, dtype=torch.float64)[None]
+def start(chain: Chain) -> Tensor:
+    """The cover of the inputs: the identity."""
+    return torch.eye(chain.width, dtype=chain.dtype).expand(chain.blocks, chain.width, chain.width)
 
 
-def advance(cover: Tensor, stage: Stage, multiplier: Tensor, number: int = 0) -> Tensor:
+def collected(cover: Tensor, stage: Collect) -> Tensor:
+    """A proved cover of a sum over the frequencies: what was computed, and the norm of its error on the diagonal."""
+    gram, error = sandwich(stage.rows, cover)
+    weights = stage.weights[:, None, None]
+    total = (weights * gram.real).sum(0, keepdim=True)
+    total = (total + total.mT) / 2
+    doubt = (weights * (error + gram.abs() * rounding.gamma(len(gram) + 4))).sum(0, keepdim=True)
+    radius = doubt.sum(-1).amax() * (1 + rounding.gamma(2 * len(gram) + 2 * doubt.shape[-1]))
+    size = total.abs().amax()
+    return total + torch.eye(total.shape[-1], dtype=torch.float64) * (radius + 4 * rounding.U * (size + radius))
+
+
+def advance(cover: Tensor, stage: Stage, multiplier: Tensor) -> Tensor:
     """The proved cover after a stage.
 
     Raises:
@@ -68,7 +88,7 @@ def advance(cover: Tensor, stage: Stage, multiplier: Tensor, number: int = 0) ->
     """
     rows = _joined(stage.mean, stage.spread)
     gram, error = sandwich(rows, cover)
-    s = spread_multiplier(stage, multiplier)
+    s = checked(stage, multiplier)
     candidate = _candidate(gram, stage, s)
     if candidate is not None:
         inflation = _FIRST_INFLATION
@@ -77,7 +97,7 @@ def advance(cover: Tensor, stage: Stage, multiplier: Tensor, number: int = 0) ->
             if _holds(inflated, stage, s, gram, error):
                 return inflated
             inflation *= 10
-    raise CertificateError(f"stage {number} (step {stage.step}) could not be proved: its multipliers are too small")
+    raise CertificateError(f"step {stage.step} could not be proved: its multipliers are too small")
 
 
 def conclude(cover: Tensor, out: Rows, pairs_up_to: int) -> Proof:
@@ -146,35 +166,24 @@ def sandwich(rows: Rows, cover: Tensor) -> tuple[Tensor, Tensor]:
     return gram, error
 
 
-def spread_multiplier(stage: Stage, multiplier: Tensor) -> Tensor:
-    """One multiplier for each row of `spread`; all equal where the stage is opaque.
+def checked(stage: Stage, multiplier: Tensor) -> Tensor:
+    """The multipliers in float64.
 
     Raises:
         CertificateError: if they do not fit or are not positive.
     """
     s = multiplier.detach().to(torch.float64).reshape(-1)
-    if s.numel() == 1:
-        s = s.expand(stage.spread.height)
-    if s.numel() != stage.spread.height or not bool(((s > 0) & torch.isfinite(s)).all()):
-        raise CertificateError(f"step {stage.step} needs {stage.spread.height} positive multipliers")
-    if stage.opaque and s.numel() and bool((s != s[0]).any()):
-        raise CertificateError(f"step {stage.step} is opaque: its multipliers must all be equal")
+    if s.numel() != stage.count or not bool(((s > 0) & torch.isfinite(s)).all()):
+        raise CertificateError(f"step {stage.step} needs {stage.count} positive multipliers")
     return s
-
-
-def free_diagonal(stage: Stage, s: Tensor) -> Tensor:
-    """The diagonal that the free part of v adds to the new base."""
-    diagonal = torch.zeros(stage.mean.height, dtype=torch.float64)
-    diagonal[stage.free] = s[:1].expand(len(stage.free)) if stage.opaque else s
-    return diagonal
 
 
 def _candidate(gram: Tensor, stage: Stage, s: Tensor) -> Tensor | None:
     """The update in floating point, without any claim."""
     p = stage.mean.height
-    cover = gram[:, :p, :p] + torch.diag(free_diagonal(stage, s))
+    cover = gram[:, :p, :p] + torch.diag(stage.free_diagonal(s)).to(gram.dtype)
     if stage.spread.height:
-        factor, info = torch.linalg.cholesky_ex(torch.diag(s) - gram[:, p:, p:])
+        factor, info = torch.linalg.cholesky_ex(torch.diag(s[stage.groups]) - gram[:, p:, p:])
         if bool((info != 0).any()):
             return None
         half = torch.linalg.solve_triangular(factor, gram[:, p:, :p], upper=False)
@@ -194,14 +203,14 @@ def _holds(cover: Tensor, stage: Stage, s: Tensor, gram: Tensor, error: Tensor) 
     p, k = stage.mean.height, stage.spread.height
     block = torch.zeros_like(gram)
     block[:, :p, :p] = cover
-    block[:, range(p, p + k), range(p, p + k)] = s.to(block.dtype)
+    block[:, range(p, p + k), range(p, p + k)] = s[stage.groups].to(block.dtype)
     diagonal = block.diagonal(dim1=-2, dim2=-1).real
     # Powers of two near 1/sqrt(diagonal): an exact congruence that brings every entry to the order of one.
     root = diagonal.clamp_min(rounding.TINY).sqrt()
     scale = torch.frexp(root)[0] / root  # mantissa over number: a power of two, and the division is exact
     joint = scale[:, :, None] * scale[:, None, :]
     free = torch.zeros_like(diagonal[0])
-    free[:p] = free_diagonal(stage, s)
+    free[:p] = stage.free_diagonal(s)
     difference = (block - torch.diag(free) - gram) * joint
     # Two roundings for each entry of the difference, on terms no larger than these.
     rounded = (block.abs() + torch.diag(free) + gram.abs()) * joint * (4 * rounding.U)

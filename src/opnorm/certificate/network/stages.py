@@ -34,8 +34,10 @@ class Stage:
     Attributes:
         mean: rows of `(keep z, middle * y)`, the part of the new base that is linear in the old one.
         spread: rows of `radius * y` where the radius is positive.
-        free: positions in the new base of the free part of v, one per multiplier.
-        opaque: whether all multipliers must be one number.
+        groups: for each row of `spread`, the number of its multiplier: one per neuron, or per channel where the base
+            is in Fourier space, or one for all where the step is opaque.
+        free: positions in the new base of the free part of v.
+        free_groups: for each of them, the number of its multiplier.
         step: position of the step in the program.
         keeps: whether other tensors stay live beside v.
         lean: the largest |middle| / radius of an element.
@@ -43,11 +45,17 @@ class Stage:
 
     mean: Rows
     spread: Rows
+    groups: Tensor
     free: Tensor
-    opaque: bool
+    free_groups: Tensor
     step: int
     keeps: bool = False
     lean: float = 0.0
+
+    @cached_property
+    def count(self) -> int:
+        """Number of multipliers."""
+        return int(self.groups.max()) + 1 if self.groups.numel() else 0
 
     @cached_property
     def decoupled(self) -> bool:
@@ -59,20 +67,89 @@ class Stage:
         """Whether the two parts are the same rows, as for a ReLU beside which nothing stays live."""
         return torch.equal(self.mean.value, self.spread.value)
 
+    def free_diagonal(self, multipliers: Tensor) -> Tensor:
+        """What the free part adds to the diagonal of the new base's cover."""
+        diagonal = torch.zeros(self.mean.height, dtype=multipliers.dtype)
+        return diagonal.index_put((self.free,), multipliers[self.free_groups])
+
+
+@dataclass(frozen=True, eq=False)
+class Regrid:
+    """Blocks of a finer grid of frequencies joined to those of a coarser one: a stride, before it acts.
+
+    Attributes:
+        blocks: for each new block, the old blocks that are its aliases, shape (new, aliases).
+        conjugate: whether the old block is to be conjugated, of the same shape.
+    """
+
+    blocks: Tensor
+    conjugate: Tensor
+
+    def apply(self, cover: Tensor) -> Tensor:
+        """The block-diagonal cover of the aliases; exact."""
+        parts = cover[self.blocks]  # shape: (new, aliases, n, n)
+        parts = torch.where(self.conjugate[..., None, None], parts.conj(), parts)
+        new, aliases, n, _ = parts.shape
+        return _block_diagonal(parts).reshape(new, aliases * n, aliases * n)
+
+
+@dataclass(frozen=True, eq=False)
+class Collect:
+    """The end of Fourier space: a linear map of the whole sample, summed over the frequencies.
+
+    Attributes:
+        rows: of the result over the base, shape (blocks, n_out, base).
+        weights: how often each block counts (2 where its conjugate is left out).
+    """
+
+    rows: Rows
+    weights: Tensor
+
+    def apply(self, cover: Tensor) -> Tensor:
+        """The cover of the result, in one real block, without any claim."""
+        value = self.rows.value
+        gram = (value @ cover @ value.mH).real
+        total = (self.weights[:, None, None] * gram).sum(0, keepdim=True)
+        return (total + total.mT) / 2
+
+
+def _block_diagonal(parts: Tensor) -> Tensor:
+    new, aliases, n, _ = parts.shape
+    eye = torch.eye(aliases, dtype=parts.real.dtype)
+    return parts[:, :, :, None, :] * eye[None, :, None, :, None].to(parts.dtype)
+
+
+Transition = Stage | Regrid | Collect
+
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """All stages, and the outputs in terms of the last base.
 
     Attributes:
-        width: size of the first base: all inputs together, covered by the identity.
+        width: size of a block of the first base, covered by the identity.
         stages: in order.
         out: rows of the outputs over the last base.
+        blocks: number of blocks of the first base.
     """
 
     width: int
-    stages: tuple[Stage, ...]
+    stages: tuple[Transition, ...]
     out: Rows
+    blocks: int = 1
+
+    @property
+    def choices(self) -> tuple[Stage, ...]:
+        """The stages that need multipliers."""
+        return tuple(s for s in self.stages if isinstance(s, Stage))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first base."""
+        first = self.stages[0] if self.stages else None
+        if isinstance(first, Stage):
+            return first.mean.value.dtype
+        return torch.complex128 if first is not None else self.out.value.dtype
 
 
 def centre_and_radius(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,18 +238,7 @@ def _stage(
     kept = sum(rows[i].height for i in keep)
     _require(kept + step.size, limit)
     source = stacked([rows[i] for i in step.sources]) if len(step.sources) > 1 else rows[step.sources[0]]
-    if isinstance(step, Opaque):
-        radius = torch.full((source.height,), step.constant, dtype=torch.float64)
-        blank = Rows(torch.zeros(1, step.size, source.value.shape[-1], dtype=source.value.dtype))
-        mean, spread, free, lean = blank, scaled_rows(source, radius), torch.arange(step.size), 0.0
-    else:
-        assert isinstance(step, Elementwise)
-        low, high = local if local is not None else (step.low, step.high)
-        middle, radius = centre_and_radius(per_element(low, step.shape), per_element(high, step.shape))
-        free = torch.nonzero(radius > 0).flatten()
-        mean = scaled_rows(source, middle)
-        spread = scaled_rows(permuted(source, free), radius[free])
-        lean = float((middle[free].abs() / radius[free]).max()) if len(free) else 0.0
+    mean, spread, free, groups, lean = response(step, source, local)
     new: dict[int, Rows] = {}
     start, width = 0, kept + step.size
     for i in keep:
@@ -180,7 +246,26 @@ def _stage(
         start += rows[i].height
     new[position] = _slice_of_identity(width, start, step.size)
     everything = stacked([*(rows[i] for i in keep), mean])
-    return Stage(everything, spread, free + kept, isinstance(step, Opaque), position, bool(keep), lean), new
+    free_groups = torch.zeros_like(free) if isinstance(step, Opaque) else groups
+    return Stage(everything, spread, groups, free + kept, free_groups, position, bool(keep), lean), new
+
+
+def response(
+    step: Step, source: Rows, local: tuple[Tensor, Tensor] | None = None
+) -> tuple[Rows, Rows, Tensor, Tensor, float]:
+    """How a non-linear step answers to `y`: its linear part, its spread, what is free, the groups, and its lean."""
+    if isinstance(step, Opaque):
+        radius = torch.full((source.height,), step.constant, dtype=torch.float64)
+        blank = Rows(torch.zeros(1, step.size, source.value.shape[-1], dtype=source.value.dtype))
+        groups = torch.zeros(source.height, dtype=torch.int64)
+        return blank, scaled_rows(source, radius), torch.arange(step.size), groups, 0.0
+    assert isinstance(step, Elementwise)
+    low, high = local if local is not None else (step.low, step.high)
+    middle, radius = centre_and_radius(per_element(low, step.shape), per_element(high, step.shape))
+    free = torch.nonzero(radius > 0).flatten()
+    lean = float((middle[free].abs() / radius[free]).max()) if len(free) else 0.0
+    spread = scaled_rows(permuted(source, free), radius[free])
+    return scaled_rows(source, middle), spread, free, torch.arange(len(free)), lean
 
 
 def _slice_of_identity(width: int, start: int, size: int) -> Rows:

@@ -18,11 +18,11 @@ def adam(
     """
     shapes: list[Tensor] = []
     excess: list[Tensor] = []
-    for stage, passed in zip(chain.stages, begin.passed, strict=True):
+    for passed in begin.choices:
         s = passed.multiplier.detach()
-        rho = float(ratio(passed.b.detach(), s)) if s.numel() else 0.5
+        rho = float(ratio(passed.stage, passed.b.detach(), s)) if s.numel() else 0.5
         room = torch.tensor(1 / min(max(rho, 1e-3), 0.999) - 1, dtype=torch.float64)
-        shapes.append((torch.zeros((), dtype=torch.float64) if stage.opaque else s.log()).requires_grad_())
+        shapes.append(s.log().requires_grad_())
         excess.append(room.log().requires_grad_())
     if not shapes:
         return begin
@@ -32,9 +32,9 @@ def adam(
     started = time.monotonic()
 
     def choose(number: int, stage: Stage, b: Tensor) -> Tensor:
-        shape = shapes[number].exp().expand(b.shape[-1])
+        shape = shapes[number].exp()
         t = 1 + (1e-7 if stage.decoupled else excess[number].exp())
-        return t * ratio(b, shape).clamp_min(1e-280) * shape
+        return t * ratio(stage, b, shape).clamp_min(1e-280) * shape
 
     for _ in range(iterations):
         optimiser.zero_grad()

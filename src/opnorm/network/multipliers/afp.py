@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from opnorm.certificate.network.stages import Chain
-from opnorm.network.covariance import Forward, Passed, fixed, forward
+from opnorm.certificate.network.stages import Chain, Collect, Regrid
+from opnorm.network.covariance import Forward, Passed, fixed, forward, per_group
 
 _SHARPNESS = (2.0, 8.0, 30.0)
 
@@ -47,16 +47,12 @@ def adjoint_fixed_point(
 
 def targets(chain: Chain, result: Forward, directions: int, sharpness: float) -> list[Tensor]:
     """The logarithm of the multipliers that each stage's stationarity asks for."""
-    return [
-        s.log() + _log_ratio(g, w, stage.opaque)
-        for stage, s, (g, w) in zip(
-            chain.stages, result.multipliers, adjoint(chain, result, directions, sharpness), strict=True
-        )
-    ]
+    sides = adjoint(chain, result, directions, sharpness)
+    return [p.multiplier.log() + _log_ratio(p, g, w) for p, (g, w) in zip(result.choices, sides, strict=True)]
 
 
 def adjoint(chain: Chain, result: Forward, directions: int, sharpness: float) -> list[tuple[Tensor, Tensor]]:
-    """For each stage the rows g and w, shape (blocks, k, directions), of the weighted top output directions."""
+    """For each choice the rows g and w, shape (blocks, k, directions), of the weighted top output directions."""
     values, vectors = torch.linalg.eigh(result.output)
     count = min(directions, values.shape[-1])
     top = values[..., -count:]
@@ -64,23 +60,39 @@ def adjoint(chain: Chain, result: Forward, directions: int, sharpness: float) ->
     weight = (weight / weight.sum()).sqrt()
     w = chain.out.value.mH @ (vectors[..., -count:] * weight[:, None, :])
     found: list[tuple[Tensor, Tensor]] = []
-    for stage, passed in zip(reversed(chain.stages), reversed(result.passed), strict=True):
-        free = w[:, stage.free]
-        h = stage.mean.value.mH @ w
-        g = _pulled(stage.spread.value, passed, h)
-        found.append((g, free))
-        w = h + stage.spread.value.mH @ g
+    for passed in reversed(result.passed):
+        if isinstance(passed, Collect):
+            value = passed.rows.value
+            w = value.mH @ w.to(value.dtype) * passed.weights.sqrt()[:, None, None]
+        elif isinstance(passed, Regrid):
+            w = _spread_back(passed, w)
+        else:
+            assert isinstance(passed, Passed)
+            stage = passed.stage
+            h = stage.mean.value.mH @ w
+            g = _pulled(stage.spread.value, passed, h)
+            found.append((g, w[:, stage.free]))
+            w = h + stage.spread.value.mH @ g
     return found[::-1]
+
+
+def _spread_back(regrid: Regrid, w: Tensor) -> Tensor:
+    """The sensitivities of the aliases, each at its own block of the finer grid."""
+    new, aliases = regrid.blocks.shape
+    parts = w.reshape(new, aliases, -1, w.shape[-1])
+    parts = torch.where(regrid.conjugate[..., None, None], parts.conj(), parts)
+    fine = parts.new_zeros(int(regrid.blocks.max()) + 1, *parts.shape[2:])
+    return fine.index_put((regrid.blocks.reshape(-1),), parts.flatten(0, 1), accumulate=False)
 
 
 def _pulled(spread: Tensor, passed: Passed, h: Tensor) -> Tensor:
     return torch.cholesky_solve(spread @ (passed.cover @ h), passed.factor)
 
 
-def _log_ratio(g: Tensor, w: Tensor, opaque: bool) -> Tensor:
-    over = (0, 1, 2) if opaque else (0, 2)
-    top = g.abs().square().sum(over).sqrt()
-    bottom = w.abs().square().sum(over).sqrt()
+def _log_ratio(passed: Passed, g: Tensor, w: Tensor) -> Tensor:
+    stage = passed.stage
+    top = per_group(stage.groups, stage.count, g.abs().square().sum((0, 2))).sqrt()
+    bottom = per_group(stage.free_groups, stage.count, w.abs().square().sum((0, 2))).sqrt()
     if not top.numel():
         return top
     return ((top + 1e-6 * top.max() + 1e-290) / (bottom + 1e-6 * bottom.max() + 1e-290)).log()

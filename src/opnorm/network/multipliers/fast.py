@@ -18,8 +18,8 @@ def fast(chain: Chain) -> Forward:
 
 def closed_form(number: int, stage: Stage, b: Tensor) -> Tensor:
     """`(1 + c) lambda_max(B)` for every row."""
-    if not stage.spread.height:
+    if not stage.count:
         return torch.zeros(0, dtype=torch.float64)
     # Next to tensors that stay live, c = 0 would inflate them without bound.
     c = 1e-7 if stage.decoupled else max(stage.lean, 1.0 if stage.keeps else 1e-3)
-    return (largest_eigenvalue(b).clamp_min(1e-280) * (1.0 + c)).expand(stage.spread.height)
+    return (largest_eigenvalue(b).clamp_min(1e-280) * (1.0 + c)).expand(stage.count)

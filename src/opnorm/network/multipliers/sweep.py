@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from opnorm.certificate.network.stages import Chain, Stage
-from opnorm.network.covariance import Forward, forward, ratio
+from opnorm.network.covariance import Forward, forward, per_group, ratio
 from opnorm.network.multipliers.afp import adjoint
 
 
@@ -16,17 +16,16 @@ def sweep(chain: Chain, begin: Forward) -> Forward:
     """
     sides = adjoint(chain, begin, directions=chain.out.height, sharpness=0.0)
     shapes = []
-    for stage, passed, (_, w) in zip(chain.stages, begin.passed, sides, strict=True):
+    for passed, (_, w) in zip(begin.choices, sides, strict=True):
+        stage = passed.stage
         ahead = passed.b.diagonal(dim1=-2, dim2=-1).real.mean(0)
-        behind = w.abs().square().sum((0, 2))
-        if stage.opaque:
-            shapes.append(torch.ones_like(ahead))
-        else:
-            shapes.append(((ahead + 1e-12 * _peak(ahead)) / (behind + 1e-12 * _peak(behind))).sqrt())
+        ahead = per_group(stage.groups, stage.count, ahead)
+        behind = per_group(stage.free_groups, stage.count, w.abs().square().sum((0, 2)))
+        shapes.append(((ahead + 1e-12 * _peak(ahead)) / (behind + 1e-12 * _peak(behind))).sqrt())
 
     def choose(number: int, stage: Stage, b: Tensor) -> Tensor:
         times = 1 + 1e-7 if stage.decoupled else 2.0
-        return times * shapes[number] * ratio(b, shapes[number]).clamp_min(1e-280)
+        return times * shapes[number] * ratio(stage, b, shapes[number]).clamp_min(1e-280)
 
     return forward(chain, choose)
 
