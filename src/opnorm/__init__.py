@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opnorm import errors, norms, operators
+    from opnorm import errors, layers, norms, operators
     from opnorm._enclosure import Enclosure
     from opnorm.norms import norm
 
@@ -18,9 +18,9 @@ _HOME = {
     "Enclosure": "opnorm._enclosure",
     "norm": "opnorm.norms",
 }
-_MODULES = frozenset({"errors", "norms", "operators"})
+_MODULES = frozenset({"errors", "layers", "norms", "operators"})
 
-__all__ = ["Enclosure", "errors", "norm", "norms", "operators"]
+__all__ = ["Enclosure", "errors", "layers", "norm", "norms", "operators"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of a lazily resolved name is declared above

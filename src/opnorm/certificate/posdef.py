@@ -7,6 +7,7 @@ without fused multiply-add, and for triangular solves by substitution.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -69,3 +70,36 @@ def require_ieee_arithmetic() -> None:
             "the processor flushes subnormal numbers to zero, which voids the error bounds of a proof; "
             "call torch.set_flush_denormal(False) first"
         )
+
+
+def block_tridiagonal_floor(diagonal: Iterable[Tensor], below: Iterable[Tensor]) -> float:
+    """Return a proved lower bound of the smallest eigenvalue of a block-tridiagonal matrix; -inf if Cholesky fails.
+
+    The same lemma: an entry of `L L^H` sums over two block columns at most, so the constant counts their width only.
+
+    Args:
+        diagonal: Hermitian blocks, each of shape (n_i, n_i), float64 or complex128, scaled to the order of one.
+        below: the blocks under them, shape (n_{i+1}, n_i); one less.
+    """
+    blocks, couplings = iter(diagonal), iter(below)
+    current = next(blocks)
+    energy, size, widest, largest = 0.0, 0, 0, 0.0
+    while True:
+        factor, info = torch.linalg.cholesky_ex(current)
+        if int(info) != 0:
+            return -math.inf
+        largest = max(largest, float(current.diagonal().abs().max()))
+        energy = rounding.add_up(energy, float(squared_frobenius_above(factor)))
+        size, widest = size + factor.shape[0], max(widest, factor.shape[0])
+        following = next(blocks, None)
+        if following is None:
+            break
+        coupling = torch.linalg.solve_triangular(factor.mH, next(couplings), upper=True, left=False)
+        energy = rounding.add_up(energy, float(squared_frobenius_above(coupling)))
+        current = following - coupling @ coupling.mH
+        largest = max(largest, float(following.diagonal().abs().max()))
+    terms = 2 * widest + 8
+    constant = rounding.mul_up(SQRT2, rounding.gamma(2 * terms)) if factor.is_complex() else rounding.gamma(terms)
+    underflow = rounding.mul_up(16.0 * size * widest * (1 + largest), rounding.TINY)
+    loss = rounding.add_up(rounding.mul_up(constant, energy), underflow)
+    return -loss if math.isfinite(loss) else -math.inf

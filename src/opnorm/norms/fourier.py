@@ -1,0 +1,252 @@
+"""Convolutions by their Fourier symbol: on a torus that embeds them, and for every input size at once."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opnorm import _rounding as rounding
+from opnorm._enclosure import Enclosure
+from opnorm.certificate.posdef import require_ieee_arithmetic
+from opnorm.errors import InputShapeError
+from opnorm.norms.attained import attained
+from opnorm.norms.blocks import Peak, grid_maximum
+from opnorm.norms.lanczos import lanczos
+from opnorm.norms.scaling import normalised
+from opnorm.norms.symbol import Grid
+from opnorm.operators import Conv, ConvTranspose
+
+_SIZE_FREE_SLACK = 4e-3
+_SEARCH_STEPS = 36
+_CHEAP_FLOPS = 2e9
+
+
+def torus_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
+    """Enclose the norm of a convolution at its input size by the symbol on a torus, with proof.
+
+    Zero padding: `T = R C_N E` with `C_N` the circular convolution on any torus of
+    `N >= n + min(d (k - 1), max(padding))` points an axis, so `|T| <= |C_N|`. Circular padding: the convolution is
+    `C_n` itself where the output has the size of the input and the stride divides it. Reflect and replicate padding:
+    `T = V P`, the valid convolution after the padding, whose norm is the root of how often a sample is repeated.
+
+    Args:
+        operator: at a given input size.
+        rtol: target for the gap; the embedding's own slack, up to a few per cent on small inputs, comes on top.
+
+    Raises:
+        InputShapeError: if the operator stands for every size.
+        WeightError: if the weight holds NaN or infinite values.
+    """
+    conv = _as_conv(operator)
+    require_ieee_arithmetic()
+    scaled, exponent = normalised(conv.weight)
+    conv = replace(conv, weight=scaled)
+    if not scaled.any():
+        return Enclosure(0.0, 0.0, "proved", "zero", rtol)
+    if conv.mode == "circular":
+        lower, upper = _circular(conv, rtol)
+    elif conv.mode == "zeros":
+        lower, upper = _zero_padded(conv, _scaled_like(operator, conv), rtol)
+    else:
+        valid = replace(conv, spatial=conv.padded, padding=((0, 0),) * conv.dims, mode="zeros")
+        _, upper = _zero_padded(valid, valid, rtol, search=False)
+        repeats = math.prod(_repetitions(conv))
+        upper = rounding.mul_up(upper, rounding.sqrt_up(float(repeats)))
+        lower = _search(conv, None, rtol)
+    lower = min(lower, upper)
+    return Enclosure(rounding.ldexp_down(lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "torus", rtol)
+
+
+def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
+    """Enclose the supremum of a convolution's norm over all input sizes, with proof.
+
+    The supremum M of the symbol over continuous frequencies bounds the convolution on every input size, for every
+    zero padding. `u^H K^(w) v` is a trigonometric polynomial of exponential type `tau_i = d_i (k_i - 1) / 2` once its
+    taps are centred, so by Bernstein and Szego a uniform grid of `N_i > 2 tau_i` points gives
+    `M <= max_grid sigma / prod cos(pi tau_i / N_i)`.
+
+    Args:
+        operator: any zero-padded convolution, or a circular one whose output is no longer than its input; the sizes
+            it may carry are not used.
+        rtol: target for the gap; grids are not refined below a slack of 0.4 %.
+
+    Raises:
+        InputShapeError: where no bound holds for every size: other paddings.
+        WeightError: if the weight holds NaN or infinite values.
+    """
+    conv = _as_conv(operator)
+    require_ieee_arithmetic()
+    if conv.mode == "circular" and all(sum(pair) <= reach for pair, reach in zip(conv.padding, conv.reach, strict=True)):
+        # Any circular convolution samples the symbol of stride 1; its strided blocks need a stride that divides n.
+        conv = replace(conv, stride=(1,) * conv.dims)
+    elif conv.mode != "zeros":
+        raise InputShapeError(f"{conv.mode} padding has no bound for every input size; give input_shape")
+    scaled, exponent = normalised(conv.weight)
+    if not scaled.any():
+        return Enclosure(0.0, 0.0, "proved", "zero", rtol)
+    # Without a stride the dilation only repeats the symbol.
+    dilation = conv.dilation if max(conv.stride) > 1 else (1,) * conv.dims
+    conv = replace(conv, weight=scaled, dilation=dilation)
+    types = [reach / 2 for reach in conv.reach]
+    sizes = size_free_grid(types, conv.stride, max(_SIZE_FREE_SLACK, rtol / 2))
+    peak = grid_maximum(_grid(conv, sizes), rtol)
+    upper = rounding.div_up(peak.upper, cosine_product_below(types, sizes))
+    note = "supremum over all input sizes"
+    return Enclosure(
+        rounding.ldexp_down(peak.lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "size-free", rtol, note=note
+    )
+
+
+def torus_flops(operator: Conv | ConvTranspose) -> float:
+    """About how many floating-point operations `torus_norm` takes."""
+    conv = _as_conv(operator)
+    return _symbol_flops(conv, math.prod(conv.sizes if conv.mode == "circular" else torus_sizes(conv)[0]))
+
+
+def size_free_flops(operator: Conv | ConvTranspose, rtol: float) -> float:
+    """About how many floating-point operations `size_free_norm` takes."""
+    conv = _as_conv(operator)
+    types = [(k - 1) / 2 for k in conv.kernel]
+    return _symbol_flops(conv, math.prod(size_free_grid(types, conv.stride, max(_SIZE_FREE_SLACK, rtol / 2))))
+
+
+def _symbol_flops(conv: Conv, points: int) -> float:
+    """Half the spectrum, for each block a symbol, a Gram matrix by real products and a complex factorisation."""
+    rows, columns = conv.weight.shape[0] // conv.groups, conv.weight.shape[1] * math.prod(conv.stride)
+    side, length = min(rows, columns), max(rows, columns)
+    block = 4.0 * rows * columns * math.prod(conv.kernel) + 6.0 * side * side * length + 4 / 3 * side**3
+    return block * conv.groups * points / (2 * math.prod(conv.stride))
+
+
+def size_free_grid(types: list[float], stride: tuple[int, ...], slack: float) -> tuple[int, ...]:
+    """Return the coarsest grid, each axis a multiple of its stride, on which the supremum is `slack` off at most."""
+    axes = max(1, sum(tau > 0 for tau in types))
+    angle = math.acos((1 / (1 + slack)) ** (1 / axes))
+    points = (max(1, math.ceil(math.pi * tau / angle)) for tau in types)
+    return tuple(_round_up(n, s) for n, s in zip(points, stride, strict=True))
+
+
+def cosine_product_below(types: list[float], sizes: tuple[int, ...]) -> float:
+    """Return a lower bound of `prod cos(pi tau_i / N_i)`."""
+    value = 1.0
+    for tau, n in zip(types, sizes, strict=True):
+        # The quotient and the cosine are off by a few roundings each.
+        value = rounding.mul_down(value, math.cos(math.pi * tau / n) - 8 * rounding.U) if tau else value
+    return value
+
+
+def _as_conv(operator: Conv | ConvTranspose) -> Conv:
+    """The convolution with the same norm, or a larger one: a transposed one is the adjoint of it on its output."""
+    return operator.conv if isinstance(operator, ConvTranspose) else operator
+
+
+def _scaled_like(operator: Conv | ConvTranspose, conv: Conv) -> Conv | ConvTranspose:
+    return replace(operator, conv=conv) if isinstance(operator, ConvTranspose) else conv
+
+
+def _grid(conv: Conv, sizes: tuple[int, ...]) -> Grid:
+    weight = conv.weight
+    axes = [torch.arange(k, device=weight.device) * d for k, d in zip(conv.kernel, conv.dilation, strict=True)]
+    offsets = torch.cartesian_prod(*axes).reshape(-1, conv.dims)
+    kernel = weight.reshape(conv.groups, weight.shape[0] // conv.groups, weight.shape[1], -1)
+    return Grid(kernel, offsets, sizes, conv.stride)
+
+
+def _circular(conv: Conv, rtol: float) -> tuple[float, float]:
+    """The wrapping convolution: exact where it maps the torus to itself, else the stride-1 bound times its overlap."""
+    outputs = [n - reach for n, reach in zip(conv.padded, conv.reach, strict=True)]
+    tiled = all(o == n and n % s == 0 for o, n, s in zip(outputs, conv.sizes, conv.stride, strict=True))
+    if tiled:
+        peak = grid_maximum(_grid(conv, conv.sizes), rtol)
+        return peak.lower, peak.upper
+    plain = replace(conv, stride=(1,) * conv.dims)
+    upper = grid_maximum(_grid(plain, conv.sizes), rtol).upper
+    overlap = math.prod(max(1, -(-o // n)) for o, n in zip(outputs, conv.sizes, strict=True))
+    return _search(conv, None, rtol), rounding.mul_up(upper, rounding.sqrt_up(float(overlap)))
+
+
+def _zero_padded(
+    conv: Conv, operator: Conv | ConvTranspose, rtol: float, *, search: bool = True
+) -> tuple[float, float]:
+    """The best of a few tori that embed the convolution, and what the operator itself attains."""
+    best: tuple[Peak, Grid] | None = None
+    for sizes in torus_sizes(conv):
+        grid = _grid(conv, sizes)
+        peak = grid_maximum(grid, rtol)
+        if best is None or peak.upper < best[0].upper:
+            best = peak, grid
+        rows, columns = grid.block_shape
+        if len(grid.frequencies) * min(rows, columns) ** 2 * max(rows, columns) > _CHEAP_FLOPS:
+            break
+    if best is None:
+        raise AssertionError("torus_sizes yields at least one torus")
+    peak, grid = best
+    start = _wave(conv, grid, peak) if search else None
+    return (_search(operator, start, rtol) if search else 0.0), peak.upper
+
+
+def torus_sizes(conv: Conv) -> list[tuple[int, ...]]:
+    """Return a few tori, smallest first, that embed a zero-padded convolution of a given input size."""
+    least = [
+        n + min(reach, max(0, *pads)) for n, reach, pads in zip(conv.sizes, conv.reach, conv.padding, strict=True)
+    ]
+    tori = [tuple(_round_up(n + more, s) for n, s in zip(least, conv.stride, strict=True)) for more in range(3)]
+    return sorted(set(tori))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _repetitions(conv: Conv) -> list[int]:
+    """How often, per axis, the padding repeats the sample that it repeats most; multiplicities multiply."""
+    most = []
+    for n, (left, right) in zip(conv.sizes, conv.padding, strict=True):
+        line = torch.arange(n, dtype=torch.float64)[None, None]
+        padded = torch.nn.functional.pad(line, (left, right), mode=conv.mode)
+        most.append(int(torch.bincount(padded.flatten().to(torch.int64)).max()))
+    return most
+
+
+def _wave(conv: Conv, grid: Grid, peak: Peak) -> Tensor | None:
+    """The torus' best plane wave under a half-sine window: a start that is nearly optimal on the true domain."""
+    if conv.groups != grid.kernel.shape[0] or conv.weight.is_complex():
+        return None
+    index = torch.tensor([peak.frequency], device=conv.device)
+    frequencies = grid.alias_frequencies(index)[0]  # shape: (aliases, d)
+    c_in = conv.weight.shape[1]
+    amplitudes = peak.vector.reshape(grid.aliases, c_in)
+    sample = torch.zeros(conv.in_shape, dtype=torch.complex128, device=conv.device)
+    channels = slice(peak.group * c_in, (peak.group + 1) * c_in)
+    for amplitude, frequency in zip(amplitudes, frequencies, strict=True):
+        wave = torch.ones((), dtype=torch.complex128, device=conv.device)
+        for f, n, size in zip(frequency.tolist(), grid.sizes, conv.sizes, strict=True):
+            position = torch.arange(size, device=conv.device, dtype=torch.float64)
+            window = torch.sin(math.pi * (position + 1) / (size + 1))
+            wave = wave[..., None] * torch.polar(window, math.tau * f / n * position)
+        sample[channels] += amplitude.reshape(-1, *(1,) * conv.dims) * wave
+    return torch.view_as_real(sample).select(-1, int(sample.imag.norm() > sample.real.norm()))
+
+
+def _search(operator: Conv | ConvTranspose, start: Tensor | None, rtol: float) -> float:
+    """What the scaled operator attains at the end of a short Lanczos run; float32 where the weight is real."""
+    if isinstance(operator, ConvTranspose):
+        begin = None if start is None else operator.adjoint(start[None])[0]
+    else:
+        begin = start
+    shape = operator.in_shape
+    generator = torch.Generator().manual_seed(operator.in_size)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device)
+    size = torch.linalg.vector_norm(noise)
+    begin = noise / size if begin is None else begin / torch.linalg.vector_norm(begin) + 1e-2 * noise / size
+    kind = torch.complex128 if operator.dtype.is_complex else torch.float32
+
+    def gram(v: Tensor) -> Tensor:
+        return operator.adjoint(operator.apply(v.reshape(1, *shape))).flatten()
+
+    with torch.no_grad():
+        tolerance = max(rtol, 1e-4)
+        found = lanczos(gram, begin.to(kind).flatten(), steps=_SEARCH_STEPS, tolerance=tolerance)
+    wide = found.vector.to(torch.complex128 if operator.dtype.is_complex else torch.float64)
+    return attained(operator, wide.reshape(shape))
