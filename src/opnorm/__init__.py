@@ -8,19 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opnorm import errors, layers, norms, operators
+    from opnorm import errors, layers, network, norms, operators
     from opnorm._enclosure import Enclosure
+    from opnorm.network import NetworkBound, lipschitz
     from opnorm.norms import norm
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",
+    "NetworkBound": "opnorm.network",
+    "lipschitz": "opnorm.network",
     "norm": "opnorm.norms",
 }
-_MODULES = frozenset({"errors", "layers", "norms", "operators"})
+_MODULES = frozenset({"errors", "layers", "network", "norms", "operators"})
 
-__all__ = ["Enclosure", "errors", "layers", "norm", "norms", "operators"]
+__all__ = ["Enclosure", "NetworkBound", "errors", "layers", "lipschitz", "network", "norm", "norms", "operators"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of a lazily resolved name is declared above

@@ -28,7 +28,7 @@ def export(model: nn.Module, example_input: Example) -> Graph:
         UnsupportedLayerError: if the model cannot be exported, or an operation mixes the samples of a batch.
     """
     _refuse_training(model)
-    batches = _two_samples(example_input)
+    batches = two_samples(example_input)
     program = _exported(model, batches)
     return _Reader(program, batches).graph()
 
@@ -44,7 +44,12 @@ def _refuse_training(model: nn.Module) -> None:
             )
 
 
-def _two_samples(example_input: Example) -> tuple[Tensor, ...]:
+def two_samples(example_input: Example) -> tuple[Tensor, ...]:
+    """The first two samples of each input, or the only one twice.
+
+    Raises:
+        ArgumentError: if an input is no batch of finite numbers.
+    """
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     batches = []
     for number, batch in enumerate(inputs):

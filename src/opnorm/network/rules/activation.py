@@ -7,10 +7,10 @@ import torch
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.activations import FIXED, UNBOUNDED, activation_slopes
-from opnorm.certificate.network.program import Concat, Opaque, slopes
+from opnorm.certificate.network.program import Opaque, slopes
 from opnorm.graph import Node, Ref, Weight
 from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
-from opnorm.network.rules.shape import broadcast, gathered, part_rule
+from opnorm.network.rules.shape import broadcast, gathered, joined, part_rule
 
 _PLAIN = {
     "relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6", "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
@@ -138,7 +138,7 @@ def pair(node: Node, build: Builder) -> int:
         stacked = (2, *node.sample_shape)
         first, second = (build.source(a, node) for a in node.args[:2])
         shapes = tuple((1, *s) for s in sizes)
-        pairs = build.add(Concat((first, second), stacked, label(node), 0, shapes))
+        pairs = joined(node, build, (first, second), shapes, 0, stacked)
         build.at[known] = build.add(
             Opaque((pairs,), stacked, label(node), 1.0, "sorting pairs is 1-Lipschitz", "sort of pairs")
         )

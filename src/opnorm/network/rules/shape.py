@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opnorm.certificate.network.maps import Gather
-from opnorm.certificate.network.program import Concat
+from opnorm.certificate.network.program import Concat, Linear
 from opnorm.graph import Node, Ref, Weight
 from opnorm.graph.batch import filled
 from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
@@ -139,7 +139,7 @@ def cat(node: Node, build: Builder) -> int:
             raise unsupported(node, "it concatenates along the batch axis")
         shapes = tuple(build.shape(p) for p in parts)
         sources = tuple(build.source(p, node) for p in parts)
-        return build.add(Concat(sources, node.sample_shape, label(node), along, shapes))
+        return joined(node, build, sources, shapes, along, node.sample_shape)
     values: dict[str, Tensor] = {}
     sizes = [prod(build.shape(p)) for p in varied]
     total, start = sum(sizes), 0
@@ -154,8 +154,34 @@ def cat(node: Node, build: Builder) -> int:
     ]
     index = one_sample(node, node.function(filled_parts, *node.args[1:], **node.kwargs), total)
     flat = tuple((size,) for size in sizes)
-    joined = build.add(Concat(tuple(build.source(p, node) for p in varied), (total,), label(node), 0, flat))
-    return gathered(node, build, joined, index, (total,))
+    sources = tuple(build.source(p, node) for p in varied)
+    return gathered(node, build, joined(node, build, sources, flat, 0, (total,)), index, (total,))
+
+
+def joined(
+    node: Node, build: Builder, sources: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], axis: int,
+    shape: tuple[int, ...],
+) -> int:  # fmt: skip
+    """A concatenation; of pieces of one tensor, a single `Gather` of it, or the tensor itself."""
+    roots = [_root(build, source) for source in sources]
+    if len({root for root, _ in roots}) == 1:
+        parts = [index.reshape(s) for (_, index), s in zip(roots, shapes, strict=True)]
+        index = torch.cat(parts, axis).reshape(-1)
+        root = roots[0][0]
+        before = build.steps[root].shape
+        if torch.equal(index, torch.arange(prod(before))):
+            return root
+        name = build.constant(index, f"{node.name} index")
+        return build.add(Linear((root,), shape, label(node), Gather(before, shape, name)))
+    return build.add(Concat(sources, shape, label(node), axis, shapes))
+
+
+def _root(build: Builder, position: int) -> tuple[int, Tensor]:
+    """The tensor that a step is a part of, and which part."""
+    step = build.steps[position]
+    if isinstance(step, Linear) and isinstance(step.map, Gather):
+        return step.sources[0], build.constants[step.map.index]
+    return position, torch.arange(step.size)
 
 
 def _shape(argument: Any, build: Builder) -> tuple[int, ...]:  # noqa: ANN401

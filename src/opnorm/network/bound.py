@@ -1,0 +1,244 @@
+"""`opnorm.lipschitz`: the Lipschitz constant of a network, bounded from both sides."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opnorm._enclosure import Guarantee
+from opnorm.certificate.network.check import SLACK, chain_of
+from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
+from opnorm.certificate.network.program import Opaque, Program
+from opnorm.certificate.network.proof import Proof, prove
+from opnorm.errors import ArgumentError, CertificateError, OpnormError, TooLargeError
+from opnorm.graph import Graph, export
+from opnorm.graph.export import Example, two_samples
+from opnorm.network.lower import Function, Pair, attained
+from opnorm.network.naive import Naive, naive
+from opnorm.network.rules import program_of
+from opnorm.network.search import METHODS, Found, search
+from opnorm.network.table import table_of
+
+_DEFAULT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class NodeBound:
+    """One step of the network.
+
+    Attributes:
+        place: qualified module name and operation.
+        constant: how much the step can stretch what it reads.
+        bound: of the step as a function of the network's inputs, by the naive rules.
+        note: why the constant is what it is, where that is not obvious.
+    """
+
+    place: str
+    constant: float
+    bound: float
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkBound:
+    """An enclosure of a network's Lipschitz constant in the Euclidean norms of all its inputs and outputs.
+
+    Attributes:
+        upper: the best upper bound.
+        lower: attained by `pair`; 0 where none was found.
+        product: the composition of the naive rules.
+        pairwise: upper bounds for the difference of each pair of outputs, shape (n, n); None where the calculus did
+            not reach the outputs one by one.
+        nodes: one for each step, in the order of computation.
+        guarantee: of `upper`, `product` and `pairwise`.
+        method: what gave `upper`.
+        pair: two inputs that attain `lower`, or None.
+        remarks: what a reader should know, such as why a tighter method was not used.
+    """
+
+    upper: float
+    lower: float
+    product: float
+    pairwise: Tensor | None
+    nodes: tuple[NodeBound, ...]
+    guarantee: Guarantee
+    method: str
+    pair: Pair | None
+    remarks: tuple[str, ...]
+    _certificate: NetworkCertificate | None
+
+    def certificate(self) -> NetworkCertificate:
+        """The certificate of `upper`, to be saved and verified by others.
+
+        Raises:
+            CertificateError: if `upper` comes from the naive rules, or was not proved.
+        """
+        if self._certificate is None:
+            reasons = "; ".join(self.remarks) or "it is the naive composition"
+            raise CertificateError(f"there is no certificate for this bound ({self.method}): {reasons}")
+        return self._certificate
+
+    def __float__(self) -> float:
+        """The upper bound."""
+        return self.upper
+
+    def __str__(self) -> str:
+        """A table that follows the model's structure."""
+        return table_of(self)
+
+
+def lipschitz(
+    model: nn.Module,
+    example_input: Example,
+    *,
+    method: str = "auto",
+    guarantee: Guarantee = "proved",
+    time_budget: float | None = None,
+) -> NetworkBound:
+    """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
+
+    Args:
+        model: in evaluation mode; its weights as they are deployed.
+        example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
+            its samples. Integer inputs are not varied.
+        method: `auto`, `naive`, or the last search to try: `fast`, `sweep`, `afp`, `adam`.
+        guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
+        time_budget: seconds for the search; 30 by default.
+
+    Returns:
+        The bounds; printing gives a table.
+
+    Raises:
+        ArgumentError: for an unknown method or guarantee, or a model in training mode.
+        UnsupportedLayerError: naming the first operation without a rule, or one that mixes samples.
+
+    Source: LipSDP (Fazlyab et al., NeurIPS 2019) without a solver; see the guide "From layers to the network".
+
+    Example:
+        >>> import torch, opnorm
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> bound = opnorm.lipschitz(net, torch.randn(16, 4))
+        >>> bound.lower <= bound.upper <= bound.product
+        True
+        >>> bound.guarantee
+        'proved'
+    """
+    if method not in ("auto", "naive", *METHODS):
+        raise ArgumentError(f"method={method!r}: it is one of auto, naive, {', '.join(METHODS)}")
+    if guarantee not in ("proved", "estimate"):
+        raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
+    graph = export(model, example_input)
+    program = program_of(graph)
+    plain = naive(program, graph.weights)
+    pair = _lower(graph, example_input)
+    seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
+    remarks: list[str] = []
+    best: _Candidate | None = None
+    if method != "naive":
+        best = _calculus(program, graph, method, guarantee, seconds, pair, remarks)
+    return _assembled(program, graph, plain, best, pair, guarantee, remarks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    upper: float
+    pairwise: Tensor | None
+    found: Found
+    calculus: str
+
+
+def _calculus(
+    program: Program,
+    graph: Graph,
+    method: str,
+    guarantee: Guarantee,
+    seconds: float,
+    pair: Pair | None,
+    remarks: list[str],
+) -> _Candidate | None:
+    """The covariance calculus, in the first form that the network fits."""
+    if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
+        remarks.append("an operation is unbounded, so only the naive rules apply")
+        return None
+    upto = "adam" if method == "auto" else method
+    for calculus in ("dense",):
+        try:
+            chain = chain_of(program, graph.weights, calculus)
+        except TooLargeError as problem:
+            remarks.append(str(problem))
+            continue
+        found = search(chain, seconds, upto, pair.quotient if pair else 0.0)
+        if guarantee == "estimate":
+            return _Candidate(found.estimate, None, found, calculus)
+        try:
+            proof = prove(chain, found.multipliers)
+        except CertificateError as problem:
+            remarks.append(f"the {calculus} calculus could not be proved: {problem}")
+            continue
+        return _Candidate(proof.upper * SLACK, _pairwise(proof), found, calculus)
+    return None
+
+
+def _pairwise(proof: Proof) -> Tensor | None:
+    return None if proof.pairwise is None else proof.pairwise * SLACK
+
+
+def _assembled(
+    program: Program,
+    graph: Graph,
+    plain: Naive,
+    best: _Candidate | None,
+    pair: Pair | None,
+    guarantee: Guarantee,
+    remarks: list[str],
+) -> NetworkBound:
+    nodes = tuple(
+        NodeBound(step.label, constant, bound, step.reason if isinstance(step, Opaque) else "")
+        for step, constant, bound in zip(program.steps, plain.constants, plain.bounds, strict=True)
+    )
+    certificate = None
+    upper, method = plain.total, "naive"
+    if best is not None and best.upper < upper:
+        upper, method = best.upper, f"{best.calculus} {best.found.method}"
+        if guarantee == "proved":
+            certificate = _certificate(program, graph, best, remarks)
+    lower = pair.quotient if pair is not None else 0.0
+    if lower > upper:
+        raise AssertionError(f"a pair attains {lower!r}, above the bound {upper!r} ({method}): please report this")
+    return NetworkBound(
+        upper,
+        lower,
+        plain.total,
+        best.pairwise if best is not None else None,
+        nodes,
+        guarantee if method != "naive" else "proved",
+        method,
+        pair,
+        tuple(remarks),
+        certificate,
+    )
+
+
+def _certificate(program: Program, graph: Graph, best: _Candidate, remarks: list[str]) -> NetworkCertificate:
+    read = read_names(program)
+    derived = {n: graph.weights[n].detach().to(torch.float64) for n in graph.derived if n in read}
+    if derived:
+        remarks.append(f"computed from the weights and stored in the certificate: {', '.join(sorted(derived))}")
+        program = Program(program.steps, program.outputs, {**program.constants, **derived})
+    multipliers = tuple(s.detach() for s in best.found.multipliers)
+    return NetworkCertificate(best.upper, best.calculus, program, multipliers, digests(program, graph.weights))
+
+
+def _lower(graph: Graph, example_input: Example) -> Pair | None:
+    batches = two_samples(example_input)
+    function = Function(graph, batches)
+    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    floats = [b for b in inputs if b.is_floating_point()]
+    count = min(min(len(b) for b in floats), 16)
+    starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
+    try:
+        return attained(function, starts)
+    except (OpnormError, RuntimeError):
+        return None
