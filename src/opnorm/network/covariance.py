@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opnorm.certificate.network.stages import Chain, Collect, Regrid, Stage, Transition
+from opnorm.certificate.network.stages import Chain, Stage, Transition
 
 Chooser = Callable[[int, Stage, Tensor], Tensor]
 """(number of the choice, stage, B = radius Q radius) -> the multipliers, one for each group of rows."""
@@ -58,7 +58,7 @@ def forward(chain: Chain, choose: Chooser) -> Forward:
     passed: list[Passed | Transition] = []
     number = 0
     for stage in chain.stages:
-        if isinstance(stage, Regrid | Collect):
+        if not isinstance(stage, Stage):
             passed.append(stage)
             cover = stage.apply(cover)
             continue

@@ -92,12 +92,22 @@ def sum_of(items) -> Tensor:  # type: ignore[no-untyped-def]
 
 
 def stacked(parts: list[Rows]) -> Rows:
-    """The rows of all parts, one under the other."""
+    """The rows of all parts, one under the other; a part of one block stands for as many as the others have."""
+    blocks = max(p.value.shape[0] for p in parts)
+    parts = [expanded(p, blocks) for p in parts]
     value = torch.cat([p.value for p in parts], -2)
     if all(p.error is None for p in parts):
         return Rows(value)
     errors = [torch.zeros_like(p.value.abs()) if p.error is None else p.error for p in parts]
     return Rows(value, torch.cat(errors, -2))
+
+
+def expanded(rows: Rows, blocks: int) -> Rows:
+    """The same rows in each of `blocks` blocks."""
+    if rows.value.shape[0] == blocks:
+        return rows
+    error = None if rows.error is None else rows.error.expand(blocks, -1, -1)
+    return Rows(rows.value.expand(blocks, -1, -1), error)
 
 
 def permuted(rows: Rows, order: Tensor) -> Rows:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.file import NetworkCertificate, digest, read_names
+from opnorm.certificate.network.fourier_chain import fourier_chain
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Elementwise, Program
 from opnorm.certificate.network.proof import Proof, prove
@@ -61,6 +62,8 @@ def chain_of(program: Program, weights: Weights, calculus: str) -> Chain:
     """
     if calculus == "dense":
         return dense_chain(program, weights)
+    if calculus == "fourier":
+        return fourier_chain(program, weights)
     raise CertificateError(f"there is no calculus {calculus!r}")
 
 

@@ -102,6 +102,7 @@ class Convolution(LinearMap):
 
     Attributes:
         weight: name of a kernel, shape (c_out, c_in // groups, *kernel).
+        kernel: taps per axis.
         stride: per axis.
         padding: per axis, before and after.
         dilation: per axis.
@@ -110,6 +111,7 @@ class Convolution(LinearMap):
     """
 
     weight: str
+    kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
@@ -117,8 +119,19 @@ class Convolution(LinearMap):
     circular: bool = False
     rounded: int = 0
 
-    def apply(self, x: Tensor, weights: Weights, *, absolute: bool = False) -> Tensor:  # noqa: D102
+    def taps(self, weights: Weights) -> Tensor:
+        """The stored kernel.
+
+        Raises:
+            CertificateError: if its shape is another one.
+        """
         kernel = stored(weights, self.weight)
+        if tuple(kernel.shape) != (self.out_shape[0], self.in_shape[0] // self.groups, *self.kernel):
+            raise CertificateError(f"the kernel {self.weight!r} has the shape {tuple(kernel.shape)}")
+        return kernel
+
+    def apply(self, x: Tensor, weights: Weights, *, absolute: bool = False) -> Tensor:  # noqa: D102
+        kernel = self.taps(weights)
         kernel = kernel.abs() if absolute else kernel
         widths = [width for pair in reversed(self.padding) for width in pair]
         if any(widths):

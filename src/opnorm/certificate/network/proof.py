@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from opnorm import _rounding as rounding
-from opnorm.certificate.network.affine import Rows
-from opnorm.certificate.network.stages import Chain, Collect, Regrid, Stage
+from opnorm.certificate.network.affine import Rows, stacked
+from opnorm.certificate.network.stages import Chain, Detach, Regrid, Stage, Collect
 from opnorm.certificate.posdef import eigenvalue_floor, require_ieee_arithmetic
 from opnorm.errors import CertificateError
 
@@ -56,7 +56,7 @@ def prove(chain: Chain, multipliers: Sequence[Tensor], pairs_up_to: int = 1024) 
     for stage in chain.stages:
         if isinstance(stage, Stage):
             cover = advance(cover, stage, queue.pop(0))
-        elif isinstance(stage, Regrid):
+        elif isinstance(stage, Regrid | Detach):
             cover = stage.apply(cover)
         else:
             cover = collected(cover, stage)
@@ -86,9 +86,10 @@ def advance(cover: Tensor, stage: Stage, multiplier: Tensor) -> Tensor:
     Raises:
         CertificateError: if no cover within the last inflation can be proved.
     """
-    rows = _joined(stage.mean, stage.spread)
-    gram, error = sandwich(rows, cover)
     s = checked(stage, multiplier)
+    if stage.decoupled:
+        return _decoupled(cover, stage, s)
+    gram, error = sandwich(stacked([stage.mean, stage.spread]), cover)
     candidate = _candidate(gram, stage, s)
     if candidate is not None:
         inflation = _FIRST_INFLATION
@@ -97,6 +98,25 @@ def advance(cover: Tensor, stage: Stage, multiplier: Tensor) -> Tensor:
             if _holds(inflated, stage, s, gram, error):
                 return inflated
             inflation *= 10
+    raise CertificateError(f"step {stage.step} could not be proved: its multipliers are too small")
+
+
+def _decoupled(cover: Tensor, stage: Stage, s: Tensor) -> Tensor:
+    """A stage that leaves nothing linear: `S >= R P R^H` is all there is to prove, and the new cover is exact.
+
+    Raises:
+        CertificateError: if it cannot be proved.
+    """
+    gram, error = sandwich(stage.spread, cover)
+    root = s.sqrt()
+    scale = (torch.frexp(root)[0] / root)[stage.groups]
+    joint = scale[:, None] * scale[None]
+    if not stage.count or largest_eigenvalue(
+        gram * joint - torch.diag(s[stage.groups]) * joint + torch.eye(len(scale), dtype=torch.float64),
+        error * joint + 4 * rounding.U * (gram.abs() * joint + 4 * torch.eye(len(scale), dtype=torch.float64)),
+    ) <= 1.0:
+        free = torch.diag(stage.free_diagonal(s)).to(cover.dtype)
+        return free.expand(max(len(cover), len(gram)), -1, -1)
     raise CertificateError(f"step {stage.step} could not be proved: its multipliers are too small")
 
 
@@ -222,14 +242,6 @@ def _holds(cover: Tensor, stage: Stage, s: Tensor, gram: Tensor, error: Tensor) 
     shifted = difference - shift[:, None, None] * torch.eye(size, dtype=torch.float64)
     lost = 4 * rounding.U * (shift + difference.diagonal(dim1=-2, dim2=-1).real.abs().amax(-1))
     return bool((eigenvalue_floor(shifted) + shift * (1 - 4 * rounding.U) - spread - lost >= 0).all())
-
-
-def _joined(mean: Rows, spread: Rows) -> Rows:
-    value = torch.cat([mean.value, spread.value], -2)
-    if mean.error is None and spread.error is None:
-        return Rows(value)
-    errors = [torch.zeros_like(r.value.abs()) if r.error is None else r.error for r in (mean, spread)]
-    return Rows(value, torch.cat(errors, -2))
 
 
 def _is_identity(value: Tensor) -> bool:

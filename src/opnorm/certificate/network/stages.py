@@ -74,6 +74,36 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
+class Answer:
+    """How a non-linear step answers to `y`, before it is known what stays live beside it.
+
+    Attributes:
+        mean: rows of `middle * y`.
+        spread: rows of `radius * y` where the radius is positive.
+        groups: the number of each row's multiplier.
+        free: which elements of v have a free part.
+        free_groups: the number of each one's multiplier.
+        lean: the largest |middle| / radius.
+    """
+
+    mean: Rows
+    spread: Rows
+    groups: Tensor
+    free: Tensor
+    free_groups: Tensor
+    lean: float
+
+
+@dataclass(frozen=True, eq=False)
+class Detach:
+    """After an opaque step whose result is no image: its cover, the same in every block, in one real block."""
+
+    def apply(self, cover: Tensor) -> Tensor:
+        """The first block."""
+        return cover[:1].real.contiguous()
+
+
+@dataclass(frozen=True, eq=False)
 class Regrid:
     """Blocks of a finer grid of frequencies joined to those of a coarser one: a stride, before it acts.
 
@@ -119,7 +149,7 @@ def _block_diagonal(parts: Tensor) -> Tensor:
     return parts[:, :, :, None, :] * eye[None, :, None, :, None].to(parts.dtype)
 
 
-Transition = Stage | Regrid | Collect
+Transition = Stage | Regrid | Collect | Detach
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +215,7 @@ def dense_chain(
         TooLargeError: if a base would exceed `limit`.
     """
     weights = {**weights, **program.constants}
-    last = _last_readers(program)
+    last = last_readers(program)
     width = sum(program.steps[i].size for i in program.inputs)
     _require(width, limit)
     rows: dict[int, Rows] = {}
@@ -238,41 +268,57 @@ def _stage(
     kept = sum(rows[i].height for i in keep)
     _require(kept + step.size, limit)
     source = stacked([rows[i] for i in step.sources]) if len(step.sources) > 1 else rows[step.sources[0]]
-    mean, spread, free, groups, lean = response(step, source, local)
+    answer = response(step, source, local)
     new: dict[int, Rows] = {}
     start, width = 0, kept + step.size
     for i in keep:
         new[i] = _slice_of_identity(width, start, rows[i].height)
         start += rows[i].height
     new[position] = _slice_of_identity(width, start, step.size)
-    everything = stacked([*(rows[i] for i in keep), mean])
-    free_groups = torch.zeros_like(free) if isinstance(step, Opaque) else groups
-    return Stage(everything, spread, groups, free + kept, free_groups, position, bool(keep), lean), new
+    return staged(answer, [rows[i] for i in keep], position), new
 
 
-def response(
-    step: Step, source: Rows, local: tuple[Tensor, Tensor] | None = None
-) -> tuple[Rows, Rows, Tensor, Tensor, float]:
-    """How a non-linear step answers to `y`: its linear part, its spread, what is free, the groups, and its lean."""
+def staged(answer: Answer, keep: list[Rows], position: int) -> Stage:
+    """The stage of a step beside the tensors that stay live."""
+    kept = sum(r.height for r in keep)
+    mean = stacked([*keep, answer.mean])
+    return Stage(
+        mean, answer.spread, answer.groups, answer.free + kept, answer.free_groups, position, bool(keep), answer.lean
+    )
+
+
+def response(step: Step, source: Rows, local: tuple[Tensor, Tensor] | None = None) -> Answer:
+    """How a non-linear step answers to its source, in one dense block."""
     if isinstance(step, Opaque):
-        radius = torch.full((source.height,), step.constant, dtype=torch.float64)
-        blank = Rows(torch.zeros(1, step.size, source.value.shape[-1], dtype=source.value.dtype))
-        groups = torch.zeros(source.height, dtype=torch.int64)
-        return blank, scaled_rows(source, radius), torch.arange(step.size), groups, 0.0
+        return opaque_answer(step.constant, source, step.size)
     assert isinstance(step, Elementwise)
     low, high = local if local is not None else (step.low, step.high)
     middle, radius = centre_and_radius(per_element(low, step.shape), per_element(high, step.shape))
     free = torch.nonzero(radius > 0).flatten()
-    lean = float((middle[free].abs() / radius[free]).max()) if len(free) else 0.0
+    groups = torch.arange(len(free))
     spread = scaled_rows(permuted(source, free), radius[free])
-    return scaled_rows(source, middle), spread, free, torch.arange(len(free)), lean
+    return Answer(scaled_rows(source, middle), spread, groups, free, groups, lean_of(middle[free], radius[free]))
+
+
+def opaque_answer(constant: float, source: Rows, height: int) -> Answer:
+    """Nothing linear, one multiplier for all rows."""
+    radius = torch.full((source.height,), constant, dtype=torch.float64)
+    mean = Rows(source.value.new_zeros(1, height, source.value.shape[-1]))
+    zeros = torch.zeros(source.height + height, dtype=torch.int64)
+    spread = scaled_rows(source, radius)
+    return Answer(mean, spread, zeros[: source.height], torch.arange(height), zeros[source.height :], 0.0)
+
+
+def lean_of(middle: Tensor, radius: Tensor) -> float:
+    """The largest |middle| / radius."""
+    return float((middle.abs() / radius).max()) if len(radius) else 0.0
 
 
 def _slice_of_identity(width: int, start: int, size: int) -> Rows:
     return Rows(exact_identity(width).value[:, start : start + size])
 
 
-def _last_readers(program: Program) -> list[int]:
+def last_readers(program: Program) -> list[int]:
     """The last step that reads each step; past the end for outputs."""
     last = [max(readers, default=-1) for readers in program.readers()]
     for output in program.outputs:

@@ -66,9 +66,9 @@ def adjoint(chain: Chain, result: Forward, directions: int, sharpness: float) ->
             w = value.mH @ w.to(value.dtype) * passed.weights.sqrt()[:, None, None]
         elif isinstance(passed, Regrid):
             w = _spread_back(passed, w)
-        else:
-            assert isinstance(passed, Passed)
+        elif isinstance(passed, Passed):
             stage = passed.stage
+            w = w.to(stage.mean.value.dtype)  # of one real block, where the blocks end before it
             h = stage.mean.value.mH @ w
             g = _pulled(stage.spread.value, passed, h)
             found.append((g, w[:, stage.free]))

@@ -81,7 +81,7 @@ def convolution(node: Node, build: Builder) -> int:
         source, shape, padding, circular = merged
     if len(shape) != dims + 1 or build.graph[x.name].batch_axis != 0:
         raise unsupported(node, f"it needs (batch, channels, {dims} spatial axes)")
-    linear = Convolution(shape, node.sample_shape, weight.name, stride, padding, dilation, groups, circular)
+    linear = Convolution(shape, node.sample_shape, weight.name, kernel, stride, padding, dilation, groups, circular)
     return build.linear(node, source, linear)
 
 
@@ -115,7 +115,7 @@ def transposed_convolution(node: Node, build: Builder) -> int:
     shape = build.shape(x)
     if len(shape) != dims + 1 or build.graph[x.name].batch_axis != 0:
         raise unsupported(node, f"it needs (batch, channels, {dims} spatial axes)")
-    linear = TransposedConvolution(shape, node.sample_shape, weight.name, stride, padding, output, dilation, groups)
+    linear = TransposedConvolution(shape, node.sample_shape, weight.name, kernel, stride, padding, output, dilation, groups)
     return build.linear(node, build.source(x, node), linear)
 
 
@@ -152,7 +152,7 @@ def scaled(node: Node, build: Builder, x: Ref, weight: Weight) -> int:
         raise unsupported(node, "the product with a weight enlarges the tensor")
     source = build.source(x, node)
     if factors.numel() == 1:
-        return build.linear(node, source, Scale(shape, shape, weight.name, len(shape) - 1))
+        return build.linear(node, source, Scale(shape, shape, weight.name, 0))
     full = node.samples(build.tensor(weight).expand(node.shape))
     if not torch.equal(full[0], full[1]):
         raise unsupported(node, "the weight differs between the samples of a batch")

@@ -54,7 +54,7 @@ def average_pool(node: Node, build: Builder) -> int:
         name = build.constant(torch.full((shape[0], 1, *kernel), value, dtype=torch.float64), "average")
         pairs = tuple((p, p) for p in padding)
         ones = (1,) * dims
-        linear = Convolution(shape, node.sample_shape, name, stride, pairs, ones, shape[0], rounded=1)
+        linear = Convolution(shape, node.sample_shape, name, kernel, stride, pairs, ones, shape[0], rounded=1)
         return build.linear(node, source, linear)
     return _by_matrix(node, build, source, shape)
 

@@ -1,7 +1,7 @@
 """The table of rules, and what a rule may use."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -161,7 +161,20 @@ def program_of(graph: Graph) -> Program:
     missing = [name for name in graph.outputs if name not in build.at]
     if missing:
         raise UnsupportedLayerError(f"the output {missing[0]!r} does not depend on an input that may be varied")
-    return Program(tuple(build.steps), tuple(build.at[n] for n in graph.outputs), build.constants)
+    return _without_unread(build.steps, [build.at[n] for n in graph.outputs], build.constants)
+
+
+def _without_unread(steps: list[Step], outputs: list[int], constants: dict[str, Tensor]) -> Program:
+    """The program without steps (and constants) that no output depends on; inputs stay."""
+    alive = set(outputs)
+    for position in range(len(steps) - 1, -1, -1):
+        if position in alive:
+            alive.update(steps[position].sources)
+    kept = [i for i, step in enumerate(steps) if i in alive or isinstance(step, Input)]
+    new = {old: i for i, old in enumerate(kept)}
+    moved = tuple(replace(steps[i], sources=tuple(new[s] for s in steps[i].sources)) for i in kept)
+    used = {name for step in moved if isinstance(step, Linear) for name in step.map.names}
+    return Program(moved, tuple(new[i] for i in outputs), {n: t for n, t in constants.items() if n in used})
 
 
 def _needed(graph: Graph) -> set[str]:

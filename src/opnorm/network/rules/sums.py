@@ -76,7 +76,7 @@ def divide(node: Node, build: Builder) -> int:
     if values.numel() == 1:
         name = build.constant(inverse.reshape(1), "reciprocal")
         shape = node.sample_shape
-        return build.linear(node, source, Scale(shape, shape, name, len(shape) - 1, rounded=1))
+        return build.linear(node, source, Scale(shape, shape, name, 0, rounded=1))
     if node.sample_shape != build.shape(x):
         raise unsupported(node, "the quotient enlarges the tensor")
     spread = node.samples(inverse.expand(node.shape))[0].reshape(-1).contiguous()
