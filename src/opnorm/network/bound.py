@@ -11,7 +11,7 @@ from opnorm.certificate.network.check import SLACK, chain_of
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
 from opnorm.certificate.network.program import Opaque, Program
 from opnorm.certificate.network.proof import Proof, prove
-from opnorm.errors import ArgumentError, CertificateError, OpnormError, TooLargeError
+from opnorm.errors import ArgumentError, CertificateError, OpnormError, TooLargeError, UnsupportedLayerError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
 from opnorm.network.lower import Function, Pair, attained
@@ -21,6 +21,8 @@ from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS = 30.0
+_DENSE_FIRST = 1100
+_METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def lipschitz(
         model: in evaluation mode; its weights as they are deployed.
         example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
             its samples. Integer inputs are not varied.
-        method: `auto`, `naive`, or the last search to try: `fast`, `sweep`, `afp`, `adam`.
+        method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
+            `sweep`, `afp`, `adam`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
         time_budget: seconds for the search; 30 by default.
 
@@ -125,8 +128,8 @@ def lipschitz(
         >>> bound.guarantee
         'proved'
     """
-    if method not in ("auto", "naive", *METHODS):
-        raise ArgumentError(f"method={method!r}: it is one of auto, naive, {', '.join(METHODS)}")
+    if method not in _METHODS:
+        raise ArgumentError(f"method={method!r}: it is one of {', '.join(_METHODS)}")
     if guarantee not in ("proved", "estimate"):
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
     graph = export(model, example_input)
@@ -162,23 +165,26 @@ def _calculus(
     if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
         remarks.append("an operation is unbounded, so only the naive rules apply")
         return None
-    upto = "adam" if method == "auto" else method
-    for calculus in ("dense",):
+    upto = method if method in METHODS else "adam"
+    forms = (method,) if method in ("dense", "fourier") else _forms(program)
+    for calculus in forms:
         try:
             chain = chain_of(program, graph.weights, calculus)
-        except TooLargeError as problem:
-            remarks.append(str(problem))
-            continue
-        found = search(chain, seconds, upto, pair.quotient if pair else 0.0)
-        if guarantee == "estimate":
-            return _Candidate(found.estimate, None, found, calculus)
-        try:
+            found = search(chain, seconds, upto, pair.quotient if pair else 0.0)
+            if guarantee == "estimate":
+                return _Candidate(found.estimate, None, found, calculus)
             proof = prove(chain, found.multipliers)
-        except CertificateError as problem:
-            remarks.append(f"the {calculus} calculus could not be proved: {problem}")
+        except (TooLargeError, UnsupportedLayerError, CertificateError) as problem:
+            remarks.append(f"{calculus} calculus: {problem}")
             continue
         return _Candidate(proof.upper * SLACK, _pairwise(proof), found, calculus)
     return None
+
+
+def _forms(program: Program) -> tuple[str, ...]:
+    """Dense where it is affordable, because its multipliers are finer; otherwise Fourier space first."""
+    largest = max(step.size for step in program.steps)
+    return ("dense", "fourier") if largest <= _DENSE_FIRST else ("fourier", "dense")
 
 
 def _pairwise(proof: Proof) -> Tensor | None:
