@@ -115,7 +115,7 @@ def within(stage: Stage, b: Tensor, s: Tensor, margin: float = 1.02) -> Tensor:
     Where nothing of the new base is linear in the old one, the smallest feasible size is the best.
     """
     if stage.decoupled:
-        return s * (ratio(stage, b, s) * (1 + 1e-7)).clamp_min(1e-280)
+        return (s * ratio(stage, b, s) * (1 + 1e-7)).clamp_min(1e-280)
     return s * torch.clamp(ratio(stage, b, s) * margin, min=1.0)
 
 

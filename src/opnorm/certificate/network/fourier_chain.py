@@ -224,7 +224,7 @@ class _Builder:
         self.reach(place)
         source = stacked([self.rows[i] for i in step.sources])
         if isinstance(step, Opaque):
-            answer = opaque_answer(step.constant, source, place.channels * len(self.aliases(place.level)))
+            answer = opaque_answer(step, source, place.channels * len(self.aliases(place.level)))
         else:
             origin = self.plan.places[step.sources[0]]
             answer = self._elementwise(source, step.low, step.high, place, origin is None or origin.dirty)
@@ -256,7 +256,7 @@ class _Builder:
         keep = [i for i in self.rows if last[i] > now]
         stage = staged(answer, [self.rows[i] for i in keep], now)
         self.stages.append(stage)
-        blocks = int(max(stage.mean.value.shape[0], stage.spread.value.shape[0]))
+        blocks = 1 if self.flat else len(self.frequencies(self.level))
         self._check(stage.mean.height + stage.spread.height, blocks)
         start, width = 0, stage.mean.height
         new: dict[int, Rows] = {}
@@ -279,7 +279,7 @@ class _Builder:
         assert source is not None
         if isinstance(step, Opaque):
             rows = stacked([self.rows[i] for i in step.sources])
-            self.stages += [staged(opaque_answer(step.constant, rows, step.size), [], position), Detach()]
+            self.stages += [staged(opaque_answer(step, rows, step.size), [], position), Detach()]
         else:
             assert isinstance(step, Linear) and isinstance(step.map, Matrix)
             head = self._head(step.map, source)

@@ -24,7 +24,7 @@ from opnorm.certificate.network.affine import (
 )
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
-from opnorm.errors import TooLargeError
+from opnorm.errors import TooLargeError, UnsupportedLayerError
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +290,7 @@ def staged(answer: Answer, keep: list[Rows], position: int) -> Stage:
 def response(step: Step, source: Rows, local: tuple[Tensor, Tensor] | None = None) -> Answer:
     """How a non-linear step answers to its source, in one dense block."""
     if isinstance(step, Opaque):
-        return opaque_answer(step.constant, source, step.size)
+        return opaque_answer(step, source, step.size)
     assert isinstance(step, Elementwise)
     low, high = local if local is not None else (step.low, step.high)
     middle, radius = centre_and_radius(per_element(low, step.shape), per_element(high, step.shape))
@@ -300,8 +300,15 @@ def response(step: Step, source: Rows, local: tuple[Tensor, Tensor] | None = Non
     return Answer(scaled_rows(source, middle), spread, groups, free, groups, lean_of(middle[free], radius[free]))
 
 
-def opaque_answer(constant: float, source: Rows, height: int) -> Answer:
-    """Nothing linear, one multiplier for all rows."""
+def opaque_answer(step: Opaque, source: Rows, height: int) -> Answer:
+    """Nothing linear, one multiplier for all rows.
+
+    Raises:
+        UnsupportedLayerError: if the step has no Lipschitz constant.
+    """
+    constant = step.constant
+    if not constant < float("inf"):
+        raise UnsupportedLayerError(f"{step.label} has no Lipschitz constant: {step.reason}")
     radius = torch.full((source.height,), constant, dtype=torch.float64)
     mean = Rows(source.value.new_zeros(1, height, source.value.shape[-1]))
     zeros = torch.zeros(source.height + height, dtype=torch.int64)

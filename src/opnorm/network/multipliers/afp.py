@@ -29,10 +29,10 @@ def adjoint_fixed_point(
         budget = max(6, iterations * (phase + 1) // len(_SHARPNESS) - first)
         while done < iterations - 1 and done - first < budget:
             moved = [((1 - step) * c + step * t).exp() for c, t in zip(current, aims, strict=True)]
-            trial = forward(chain, fixed(moved, margin))
+            trial = _tried(chain, moved, margin)
             done += 1
             gain = 1.0
-            if _top(trial) < value:
+            if trial is not None and _top(trial) < value:
                 gain = 1 - _top(trial) / value
                 best, value = trial, _top(trial)
                 current = [s.log() for s in best.multipliers]
@@ -43,6 +43,13 @@ def adjoint_fixed_point(
             if step < 2e-2 or gain < 1e-5:
                 break
     return best
+
+
+def _tried(chain: Chain, multipliers: list[Tensor], margin: float) -> Forward | None:
+    try:
+        return forward(chain, fixed(multipliers, margin))
+    except torch.linalg.LinAlgError:  # multipliers so far apart that S - B is singular in floating point
+        return None
 
 
 def targets(chain: Chain, result: Forward, directions: int, sharpness: float) -> list[Tensor]:
@@ -56,7 +63,7 @@ def adjoint(chain: Chain, result: Forward, directions: int, sharpness: float) ->
     values, vectors = torch.linalg.eigh(result.output)
     count = min(directions, values.shape[-1])
     top = values[..., -count:]
-    weight = torch.exp(sharpness * (top / top.amax() - 1))
+    weight = torch.exp(sharpness * (top / top.amax().clamp_min(1e-300) - 1))
     weight = (weight / weight.sum()).sqrt()
     w = chain.out.value.mH @ (vectors[..., -count:] * weight[:, None, :])
     found: list[tuple[Tensor, Tensor]] = []

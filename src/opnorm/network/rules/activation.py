@@ -61,7 +61,7 @@ def elu(node: Node, build: Builder) -> int:
 @register_rule("aten.rrelu.default", "aten.rrelu_.default")
 def rrelu(node: Node, build: Builder) -> int:
     """In evaluation mode a leaky ReLU with the mean slope."""
-    low, high = (float(v) for v in node.args[1:3])
+    low, high = (float(v) for v in (*node.args[1:3], *(1 / 8, 1 / 3)[len(node.args[1:3]) :]))
     if len(node.args) > 3 and node.args[3]:
         raise unsupported(node, "it is random in training mode; call model.eval() first")
     ends = (rounding.down((low + high) / 2), rounding.up((low + high) / 2))
@@ -150,7 +150,9 @@ def pair(node: Node, build: Builder) -> int:
 def _twin(node: Node, build: Builder) -> Node | None:
     """The other of maximum and minimum of the same two tensors."""
     wanted = {"aten.maximum.default": "aten.minimum.default", "aten.minimum.default": "aten.maximum.default"}
-    if node.op not in wanted or build.graph[node.args[0].name].shape != build.graph[node.args[1].name].shape:
+    if node.op not in wanted or not all(isinstance(a, Ref) for a in node.args[:2]):
+        return None
+    if build.graph[node.args[0].name].shape != build.graph[node.args[1].name].shape:
         return None
     return next(
         (n for n in build.graph.nodes if n.op == wanted[node.op] and set(n.args[:2]) == set(node.args[:2])), None

@@ -115,7 +115,7 @@ def transposed_convolution(node: Node, build: Builder) -> int:
     shape = build.shape(x)
     if len(shape) != dims + 1 or build.graph[x.name].batch_axis != 0:
         raise unsupported(node, f"it needs (batch, channels, {dims} spatial axes)")
-    linear = TransposedConvolution(shape, node.sample_shape, weight.name, kernel, stride, padding, output, dilation, groups)
+    linear = TransposedConvolution(shape, node.sample_shape, weight.name, stride, padding, output, dilation, groups)
     return build.linear(node, build.source(x, node), linear)
 
 

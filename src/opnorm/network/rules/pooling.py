@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from opnorm import _rounding as rounding
-from opnorm.certificate.network.maps import Convolution, Matrix
+from opnorm.certificate.network.maps import Convolution, Gather, Matrix
 from opnorm.graph import Node
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
-from opnorm.network.rules.shape import gathered, part_rule
+from opnorm.network.rules.shape import part_rule
 
 _LARGEST_MATRIX = 4096
 
@@ -26,12 +26,16 @@ def mean(node: Node, build: Builder) -> int:
     order = [i for i in range(len(before.sample_shape)) if i not in reduced] + sorted(a for a in reduced if a is not None)
     shape = before.sample_shape
     index = torch.arange(prod(shape)).reshape(shape).permute(order).reshape(-1)
-    source = gathered(node, build, build.source(x, node), index, shape)
-    count = prod(shape[a] for a in reduced if a is not None)
+    source = build.source(x, node)
+    size = prod(shape)
+    if not torch.equal(index, torch.arange(size)):
+        name = build.constant(index, f"{node.name} index")
+        shape = tuple(shape[i] for i in order)
+        source = build.linear(node, source, Gather(before.sample_shape, shape, name))
+    count = prod(before.sample_shape[a] for a in reduced if a is not None)
     average = ".mean." in node.op
     row = torch.full((1, count), 1 / count if average else 1.0, dtype=torch.float64)
     name = build.constant(row, "mean" if average else "sum")
-    size = prod(shape)
     linear = Matrix(shape, node.sample_shape, name, size // count, rounded=int(average))
     return build.linear(node, source, linear)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.maps import Scale
 from opnorm.certificate.network.program import Sum
 from opnorm.graph import Node, Ref, Weight
@@ -67,6 +68,8 @@ def divide(node: Node, build: Builder) -> int:
         values = torch.tensor([float(divisor)], dtype=torch.float64)
     elif isinstance(divisor, Weight):
         values = build.tensor(divisor)
+    elif _is_softsign(x, divisor, build):
+        return build.elementwise(node, source, activation_slopes("softsign", (), "", {}), kind="softsign")
     else:
         positions = (source, build.source(divisor, node))
         return build.opaque(node, positions, float("inf"), "a quotient of two varying tensors has unbounded slopes")
@@ -82,6 +85,15 @@ def divide(node: Node, build: Builder) -> int:
     spread = node.samples(inverse.expand(node.shape))[0].reshape(-1).contiguous()
     flat = (spread.numel(),)
     return build.linear(node, source, Scale(flat, flat, build.constant(spread, "reciprocals"), 0, rounded=1))
+
+
+def _is_softsign(x: Any, divisor: Any, build: Builder) -> bool:  # noqa: ANN401
+    """Whether the quotient is `x / (|x| + 1)`, as torch exports Softsign."""
+    plus = build.graph[divisor.name]
+    if plus.op != "aten.add.Tensor" or plus.args[1] != 1 or plus.kwargs or not isinstance(plus.args[0], Ref):
+        return False
+    size = build.graph[plus.args[0].name]
+    return size.op == "aten.abs.default" and size.args[0] == x
 
 
 @register_rule(
