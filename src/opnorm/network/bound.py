@@ -9,19 +9,22 @@ from torch import Tensor, nn
 from opnorm._enclosure import Guarantee
 from opnorm.certificate.network.check import SLACK, chain_of
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
-from opnorm.certificate.network.program import Opaque, Program
+from opnorm.certificate.network.program import Elementwise, Opaque, Program
 from opnorm.certificate.network.proof import Proof, prove
-from opnorm.errors import ArgumentError, CertificateError, OpnormError, TooLargeError, UnsupportedLayerError
+from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
+from opnorm.network.local import Sharpen, localise
 from opnorm.network.lower import Function, Pair, attained
 from opnorm.network.naive import Naive, naive
+from opnorm.network.region import Around, Region, around
 from opnorm.network.rules import program_of
 from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS = 30.0
 _DENSE_FIRST = 1100
+_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.5
 _METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
 
 
@@ -96,6 +99,7 @@ def lipschitz(
     *,
     method: str = "auto",
     guarantee: Guarantee = "proved",
+    region: Region | None = None,
     time_budget: float | None = None,
 ) -> NetworkBound:
     """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
@@ -107,6 +111,7 @@ def lipschitz(
         method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
             `sweep`, `afp`, `adam`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
+        region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
         time_budget: seconds for the search; 30 by default.
 
     Returns:
@@ -134,14 +139,22 @@ def lipschitz(
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
     graph = export(model, example_input)
     program = program_of(graph)
-    plain = naive(program, graph.weights)
-    pair = _lower(graph, example_input)
+    where = None if region is None else _placed(program, region)
+    pair = _lower(graph, example_input, where)
     seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
     remarks: list[str] = []
-    best: _Candidate | None = None
-    if method != "naive":
-        best = _calculus(program, graph, method, guarantee, seconds, pair, remarks)
-    return _assembled(program, graph, plain, best, pair, guarantee, remarks)
+    target = pair.quotient if pair else 0.0
+    if where is None:
+        plain = naive(program, graph.weights)
+        best = _calculus(program, graph, method, guarantee, seconds, target, remarks)
+        return _assembled(program, graph, plain, best, pair, guarantee, remarks)
+    local = _localised(program, graph, example_input, where)
+    plain = naive(local, graph.weights)
+    best = _calculus(local, graph, method, guarantee, seconds / 2, target, remarks)
+    anywhere = _calculus(program, graph, method, guarantee, seconds / 2, target, [])
+    remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
+    best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
+    return _assembled(local, graph, plain, best, pair, guarantee, remarks, certify=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,10 +171,12 @@ def _calculus(
     method: str,
     guarantee: Guarantee,
     seconds: float,
-    pair: Pair | None,
+    target: float,
     remarks: list[str],
 ) -> _Candidate | None:
     """The covariance calculus, in the first form that the network fits."""
+    if method == "naive":
+        return None
     if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
         remarks.append("an operation is unbounded, so only the naive rules apply")
         return None
@@ -170,11 +185,11 @@ def _calculus(
     for calculus in forms:
         try:
             chain = chain_of(program, graph.weights, calculus)
-            found = search(chain, seconds, upto, pair.quotient if pair else 0.0)
+            found = search(chain, seconds, upto, target)
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
             proof = prove(chain, found.multipliers)
-        except (TooLargeError, UnsupportedLayerError, CertificateError) as problem:
+        except (TooLargeError, UnsupportedLayerError, CertificateError, torch.linalg.LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
         return _Candidate(proof.upper * SLACK, _pairwise(proof), found, calculus)
@@ -199,6 +214,7 @@ def _assembled(
     pair: Pair | None,
     guarantee: Guarantee,
     remarks: list[str],
+    certify: bool = True,
 ) -> NetworkBound:
     nodes = tuple(
         NodeBound(step.label, constant, bound, step.reason if isinstance(step, Opaque) else "")
@@ -208,7 +224,7 @@ def _assembled(
     upper, method = plain.total, "naive"
     if best is not None and best.upper < upper:
         upper, method = best.upper, f"{best.calculus} {best.found.method}"
-        if guarantee == "proved":
+        if guarantee == "proved" and certify:
             certificate = _certificate(program, graph, best, remarks)
     lower = pair.quotient if pair is not None else 0.0
     if lower > upper:
@@ -237,14 +253,48 @@ def _certificate(program: Program, graph: Graph, best: _Candidate, remarks: list
     return NetworkCertificate(best.upper, best.calculus, program, multipliers, digests(program, graph.weights))
 
 
-def _lower(graph: Graph, example_input: Example) -> Pair | None:
-    batches = two_samples(example_input)
-    function = Function(graph, batches)
+def _placed(program: Program, region: Region) -> Around:
+    if len(program.inputs) != 1:
+        raise ArgumentError("a region needs a model with one input that is varied")
+    return around(region, program.steps[program.inputs[0]].shape)
+
+
+def _localised(program: Program, graph: Graph, example_input: Example, where: Around) -> Program:
+    """The program on a region, with its values at the centre computed in float64."""
+    function = Function(graph, two_samples(example_input))
+    with torch.no_grad():
+        values = function.values(where.center.expand(2, -1))
+    samples = {
+        node.name: node.samples(values[node.name])[0].reshape(-1)
+        for node in graph.nodes
+        if node.batch_axis is not None and values[node.name].is_floating_point()
+    }
+    weights = {**graph.weights, **program.constants}
+    small = max(step.size for step in program.steps) <= _SHARPEN_SIZE
+    few = sum(isinstance(step, Elementwise) for step in program.steps) <= _SHARPEN_STEPS
+    return localise(program, graph, weights, samples, where, _sharpen(graph) if small and few else None)
+
+
+def _sharpen(graph: Graph) -> Sharpen:
+    """Constants of single elements from the calculus up to that step."""
+
+    def constants(program: Program, position: int) -> Tensor | None:
+        try:
+            chain = chain_of(program, graph.weights, "dense")
+            return prove(chain, search(chain, _SHARPEN_SECONDS, "afp").multipliers, pairs_up_to=0).coordinates
+        except (TooLargeError, UnsupportedLayerError, CertificateError, torch.linalg.LinAlgError):
+            return None
+
+    return constants
+
+
+def _lower(graph: Graph, example_input: Example, where: Around | None) -> Pair | None:
+    function = Function(graph, two_samples(example_input))
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     floats = [b for b in inputs if b.is_floating_point()]
     count = min(min(len(b) for b in floats), 16)
     starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
-    try:
+    if where is None:
         return attained(function, starts)
-    except (OpnormError, RuntimeError):
-        return None
+    inside = torch.cat([where.center[None], where.clip(starts)])
+    return attained(function, inside, where.clip)

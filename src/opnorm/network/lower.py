@@ -51,7 +51,12 @@ class Function:
         return torch.cat([b.reshape(2, -1).double() for b in self.batches if b.is_floating_point()], 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate."""
+        """Evaluate the outputs."""
+        values = self.values(x)
+        return torch.cat([self.graph[n].samples(values[n]).reshape(2, -1) for n in self.graph.outputs], 1)
+
+    def values(self, x: Tensor) -> dict[str, Tensor]:
+        """The result of every node."""
         parts, start = [], 0
         for batch in self.batches:
             if not batch.is_floating_point():
@@ -60,8 +65,7 @@ class Function:
             size = batch[0].numel()
             parts.append(x[:, start : start + size].reshape(batch.shape))
             start += size
-        values = evaluate(self.graph, tuple(parts))
-        return torch.cat([self.graph[n].samples(values[n]).reshape(2, -1) for n in self.graph.outputs], 1)
+        return evaluate(self.graph, tuple(parts))
 
 
 def attained(
@@ -95,12 +99,12 @@ def attained(
 
 
 def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int) -> Tensor:
-    """Power iteration on J^T J at each row."""
-    out, pull = torch.func.vjp(function, x)
+    """Power iteration on J^T J at each row; J v by a central difference, which needs no second derivative."""
+    _, pull = torch.func.vjp(function, x)
+    width = 1e-6 * _norms(x).clamp_min(1e-3)
 
     def push(v: Tensor) -> Tensor:
-        # The adjoint of the adjoint, for operations without a forward-mode derivative.
-        return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(out))[1](v)[0]
+        return (function(x + width * v) - function(x - width * v)) / (2 * width)
 
     for _ in range(steps):
         direction = direction / _norms(direction)

@@ -1,6 +1,8 @@
 """The search for multipliers within a time budget: Fast, sweep, the adjoint fixed point, then Adam."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,23 +51,25 @@ def search(chain: Chain, seconds: float, upto: str = "adam", target: float = 0.0
         best, name = fast(chain), "fast"
         once = time.monotonic() - started
 
-        def left() -> float:
-            return seconds - (time.monotonic() - started)
+        def attempt(level: int, cost: float, limit: int, least: int, run: Callable[[int, float], Forward]) -> None:
+            nonlocal best, name
+            left = seconds - (time.monotonic() - started)
+            rounds = min(limit, int(left / (cost * once + 1e-4)))
+            if last < level or rounds < least or _size(best) <= _CLOSE * target:
+                return
+            try:
+                trial = run(rounds, left)
+            except torch.linalg.LinAlgError:  # numbers so far apart that a factorisation fails: no claim is lost
+                return
+            if _size(trial) < _size(best):
+                best, name = trial, METHODS[level]
 
-        if last >= 1 and left() > 3 * once and not _done(best, target):
-            best, name = _better(best, name, sweep(chain, best), "sweep")
-        rounds = min(_AFP_ITERATIONS, int(left() / (2 * once + 1e-4)))
-        if last >= 2 and rounds >= 3 and not _done(best, target):
-            best, name = _better(best, name, adjoint_fixed_point(chain, best, rounds), "afp")
-        rounds = min(_ADAM_ITERATIONS, int(left() / (5 * once + 1e-4)))
-        if last >= 3 and rounds >= 10 and not _done(best, target):
-            best, name = _better(best, name, adam(chain, best, rounds, seconds=left()), "adam")
-    return Found(best.multipliers, float(bound_squared(best)) ** 0.5, name)
+        attempt(1, 3, 1, 1, lambda rounds, left: sweep(chain, best))
+        attempt(2, 2, _AFP_ITERATIONS, 3, lambda rounds, left: adjoint_fixed_point(chain, best, rounds))
+        attempt(3, 5, _ADAM_ITERATIONS, 10, lambda rounds, left: adam(chain, best, rounds, seconds=left))
+    return Found(best.multipliers, _size(best), name)
 
 
-def _done(result: Forward, target: float) -> bool:
-    return float(bound_squared(result)) ** 0.5 <= _CLOSE * target
-
-
-def _better(one: Forward, name: str, two: Forward, other: str) -> tuple[Forward, str]:
-    return (two, other) if float(bound_squared(two)) < float(bound_squared(one)) else (one, name)
+def _size(result: Forward) -> float:
+    squared = float(bound_squared(result))
+    return squared**0.5 if squared >= 0 else math.inf

@@ -90,21 +90,31 @@ class Opaque(Step):
     Attributes:
         constant: an upper bound; infinite where there is none.
         reason: why, in one sentence.
-        kind: name of the operation.
+        kind: name of the operation where the constant can be tightened on a region (`normalize`, `attention`, ...).
+        parameters: of the operation.
     """
 
     constant: float
     reason: str
     kind: str = ""
+    parameters: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Program:
-    """Steps in an order in which they can be computed, and which of them are the outputs."""
+    """Steps in an order in which they can be computed, and which of them are the outputs.
+
+    Attributes:
+        steps: in order.
+        outputs: positions of the outputs.
+        constants: tensors that are not stored in the model, by name.
+        origins: for each step, the node of the model's graph that it comes from; empty where that is not known.
+    """
 
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
     constants: dict[str, Tensor] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
 
     def readers(self) -> list[list[int]]:
         """For each step, the later steps that read it."""

@@ -96,15 +96,18 @@ _JUMPS = {
 @register_rule(*(f"aten.{name}.default" for name in _JUMPS))
 def unbounded(node: Node, build: Builder) -> int:
     """Functions whose slopes are unbounded: infinity, with the reason."""
-    reason = UNBOUNDED[_JUMPS[node.op.split(".")[1]]]
-    return build.opaque(node, (build.source(node.args[0], node),), math.inf, reason)
+    name = _JUMPS[node.op.split(".")[1]]
+    return build.opaque(node, (build.source(node.args[0], node),), math.inf, UNBOUNDED[name], name)
 
 
 @register_rule("aten.pow.Tensor_Scalar")
 def power(node: Node, build: Builder) -> int:
     """The first power changes nothing; the others are unbounded."""
     source = build.source(node.args[0], node)
-    return source if node.args[1] == 1 else build.opaque(node, (source,), math.inf, UNBOUNDED["power"])
+    if node.args[1] == 1:
+        return source
+    kind = "square" if node.args[1] == 2 else "power"
+    return build.opaque(node, (source,), math.inf, UNBOUNDED[kind], kind)
 
 
 @register_rule("aten.softmax.int", "aten._softmax.default")

@@ -1,6 +1,7 @@
 """Normalisation layers, globally by their eps."""
 
 import math
+from math import prod
 from typing import Any
 
 from opnorm import _rounding as rounding
@@ -12,10 +13,12 @@ from opnorm.network.rules.shape import part_rule
 _REASON = "normalising is 1/sqrt(eps)-Lipschitz: its Jacobian is a projection over the standard deviation"
 
 
-def _normalised(node: Node, build: Builder, source: int, eps: float) -> int:
-    if eps <= 0:
-        return build.opaque(node, (source,), math.inf, "normalising without eps is unbounded at constant inputs")
-    return build.opaque(node, (source,), rounding.div_up(1.0, rounding.sqrt_down(eps)), _REASON)
+def _normalised(node: Node, build: Builder, source: int, eps: float, group: int, centred: bool = True) -> int:
+    """The normalisation itself, over `group` elements in a row at a time."""
+    constant, reason = math.inf, "normalising without eps is unbounded at constant inputs"
+    if eps > 0:
+        constant, reason = rounding.div_up(1.0, rounding.sqrt_down(eps)), _REASON
+    return build.opaque(node, (source,), constant, reason, "normalize", (float(group), eps, float(centred)))
 
 
 def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:  # noqa: ANN401
@@ -41,7 +44,8 @@ def layer_norm(node: Node, build: Builder) -> int:
     weight = node.args[2] if len(node.args) > 2 else None
     eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
     _require_last_axes(node, build, len(axes))
-    return _affine(node, build, _normalised(node, build, build.source(x, node), eps), weight, None)
+    group = prod(axes)
+    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, None)
 
 
 @part_rule("aten.native_layer_norm.default")
@@ -49,7 +53,8 @@ def native_layer_norm(whole: Node, node: Node, build: Builder) -> int:
     """The same in the functional form of the graph."""
     x, axes, weight, _, eps = whole.args[:5]
     _require_last_axes(whole, build, len(axes))
-    return _affine(node, build, _normalised(node, build, build.source(x, node), float(eps)), weight, None)
+    position = _normalised(node, build, build.source(x, node), float(eps), prod(axes))
+    return _affine(node, build, position, weight, None)
 
 
 @register_rule("aten.rms_norm.default")
@@ -61,7 +66,8 @@ def rms_norm(node: Node, build: Builder) -> int:
     _require_last_axes(node, build, len(axes))
     if eps is None:
         raise unsupported(node, "its eps is left to torch, which takes one that depends on the dtype; set it")
-    return _affine(node, build, _normalised(node, build, build.source(x, node), float(eps)), weight, None)
+    position = _normalised(node, build, build.source(x, node), float(eps), prod(axes), False)
+    return _affine(node, build, position, weight, None)
 
 
 @register_rule("aten.group_norm.default")
@@ -71,7 +77,8 @@ def group_norm(node: Node, build: Builder) -> int:
     weight = node.args[2] if len(node.args) > 2 else None
     eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
     _require_channels(node, build)
-    return _affine(node, build, _normalised(node, build, build.source(x, node), eps), weight, 0)
+    group = prod(node.sample_shape) // int(node.args[1])
+    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, 0)
 
 
 @part_rule("aten.native_group_norm.default")
@@ -79,7 +86,8 @@ def native_group_norm(whole: Node, node: Node, build: Builder) -> int:
     """The same in the functional form of the graph."""
     _require_channels(whole, build)
     source = build.source(whole.args[0], node)
-    return _affine(node, build, _normalised(node, build, source, float(whole.args[7])), whole.args[1], 0)
+    group = prod(node.sample_shape) // int(whole.args[6])
+    return _affine(node, build, _normalised(node, build, source, float(whole.args[7]), group), whole.args[1], 0)
 
 
 @register_rule("aten.instance_norm.default")
@@ -89,7 +97,8 @@ def instance_norm(node: Node, build: Builder) -> int:
     _require_channels(node, build)
     source = build.source(x, node)
     if use_input:
-        return _affine(node, build, _normalised(node, build, source, float(eps)), weight, 0)
+        group = prod(node.sample_shape[1:])
+        return _affine(node, build, _normalised(node, build, source, float(eps), group), weight, 0)
     name = weight.name if isinstance(weight, Weight) else ""
     shape = node.sample_shape
     return build.linear(node, source, Scale(shape, shape, name, 0, variance.name, float(eps)))

@@ -12,8 +12,6 @@ from opnorm.certificate.network.program import Elementwise, Input, Linear, Opaqu
 from opnorm.errors import UnsupportedLayerError
 from opnorm.graph import Graph, Node, Ref, Weight
 
-Position = int | tuple[int, ...]
-
 
 @dataclass(eq=False)
 class Builder:
@@ -72,12 +70,20 @@ class Builder:
         """Append a function of each element."""
         return self.add(Elementwise((source,), node.sample_shape, label(node), *slopes, **kind))
 
-    def opaque(self, node: Node, sources: tuple[int, ...], constant: float, reason: str) -> int:
+    def opaque(
+        self,
+        node: Node,
+        sources: tuple[int, ...],
+        constant: float,
+        reason: str,
+        kind: str = "",
+        parameters: tuple[float, ...] = (),
+    ) -> int:
         """Append a function that is known by its Lipschitz constant alone."""
-        return self.add(Opaque(sources, node.sample_shape, label(node), constant, reason, node.op))
+        return self.add(Opaque(sources, node.sample_shape, label(node), constant, reason, kind, parameters))
 
 
-Rule = Callable[[Node, Builder], Position]
+Rule = Callable[[Node, Builder], int]
 
 _RULES: dict[str, Rule] = {}
 
@@ -141,12 +147,14 @@ def program_of(graph: Graph) -> Program:
     """
     build = Builder(graph, dict(graph.weights))
     needed = _needed(graph)
+    origins: list[str] = []
     for node in graph.nodes:
         if node.name not in needed:
             continue
         if node.op == "input":
             if node.name in graph.inputs:
                 build.at[node.name] = build.add(Input((), node.sample_shape, node.name))
+                origins.append(node.name)
             continue
         if not _depends(node, build, graph):
             continue
@@ -155,16 +163,17 @@ def program_of(graph: Graph) -> Program:
             continue
         if node.op not in _RULES:
             raise unsupported(node, "the operation is not known")
-        position = _RULES[node.op](node, build)
-        assert isinstance(position, int)
-        build.at[node.name] = position
+        build.at[node.name] = _RULES[node.op](node, build)
+        origins += [node.name] * (len(build.steps) - len(origins))
     missing = [name for name in graph.outputs if name not in build.at]
     if missing:
         raise UnsupportedLayerError(f"the output {missing[0]!r} does not depend on an input that may be varied")
-    return _without_unread(build.steps, [build.at[n] for n in graph.outputs], build.constants)
+    return _without_unread(build.steps, [build.at[n] for n in graph.outputs], build.constants, origins)
 
 
-def _without_unread(steps: list[Step], outputs: list[int], constants: dict[str, Tensor]) -> Program:
+def _without_unread(
+    steps: list[Step], outputs: list[int], constants: dict[str, Tensor], origins: list[str]
+) -> Program:
     """The program without steps (and constants) that no output depends on; inputs stay."""
     alive = set(outputs)
     for position in range(len(steps) - 1, -1, -1):
@@ -174,7 +183,8 @@ def _without_unread(steps: list[Step], outputs: list[int], constants: dict[str, 
     new = {old: i for i, old in enumerate(kept)}
     moved = tuple(replace(steps[i], sources=tuple(new[s] for s in steps[i].sources)) for i in kept)
     used = {name for step in moved if isinstance(step, Linear) for name in step.map.names}
-    return Program(moved, tuple(new[i] for i in outputs), {n: t for n, t in constants.items() if n in used})
+    named = {n: t for n, t in constants.items() if n in used}
+    return Program(moved, tuple(new[i] for i in outputs), named, tuple(origins[i] for i in kept))
 
 
 def _needed(graph: Graph) -> set[str]:

@@ -55,8 +55,9 @@ def multiply(node: Node, build: Builder) -> int:
         return build.add(Sum((build.source(left, node),), node.sample_shape, label(node), (float(right),)))
     if isinstance(right, Weight):
         return scaled(node, build, left, right)
-    positions = tuple(build.source(a, node) for a in (left, right))
-    return build.opaque(node, positions, float("inf"), "a product of two varying tensors has unbounded slopes")
+    positions = tuple(broadcast(node, build, a) for a in (left, right))
+    reason = "a product of two varying tensors has unbounded slopes; give a region"
+    return build.opaque(node, positions, float("inf"), reason, "multiply")
 
 
 @register_rule("aten.div.Tensor", "aten.div.Scalar", "aten.div_.Tensor", "aten.div_.Scalar")
