@@ -35,7 +35,7 @@ def varies_fastest(ids: Tensor, axis: int, place: str) -> bool:
     Raises:
         UnsupportedLayerError: if it is neither the inner nor the outer part.
     """
-    line = ids.movedim(axis, 0).flatten(1)
+    line = ids.movedim(axis, 0).reshape(ids.shape[axis], -1)
     count = len(line) // 2
     if bool((line[:count] == 0).all() and (line[count:] == 1).all()):
         return False

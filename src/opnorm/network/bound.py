@@ -74,10 +74,12 @@ class NetworkBound:
     _certificate: NetworkCertificate | None
 
     def certificate(self) -> NetworkCertificate:
-        """The certificate of `upper`, to be saved and verified by others.
+        """The certificate of what the calculus proved, to be saved and verified by others.
+
+        Its claim is `upper`, or a little more where the naive rules are as good.
 
         Raises:
-            CertificateError: if `upper` comes from the naive rules, or was not proved.
+            CertificateError: if only the naive rules apply, nothing was proved, or the bound is one on a region.
         """
         if self._certificate is None:
             reasons = "; ".join(self.remarks) or "it is the naive composition"
@@ -224,8 +226,8 @@ def _assembled(
     upper, method = plain.total, "naive"
     if best is not None and best.upper < upper:
         upper, method = best.upper, f"{best.calculus} {best.found.method}"
-        if guarantee == "proved" and certify:
-            certificate = _certificate(program, graph, best, remarks)
+    if best is not None and guarantee == "proved" and certify:
+        certificate = _certificate(program, graph, best, remarks)
     lower = pair.quotient if pair is not None else 0.0
     if lower > upper:
         raise AssertionError(f"a pair attains {lower!r}, above the bound {upper!r} ({method}): please report this")

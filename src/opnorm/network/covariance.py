@@ -52,8 +52,11 @@ class Forward:
         return [p.multiplier for p in self.choices]
 
 
-def forward(chain: Chain, choose: Chooser) -> Forward:
-    """Run the calculus with the multipliers that `choose` returns, each feasible (S > B)."""
+def forward(chain: Chain, choose: Chooser, *, slim: bool = False) -> Forward:
+    """Run the calculus with the multipliers that `choose` returns, each feasible (S > B).
+
+    With `slim`, only the multipliers are kept of each stage: enough for a proof, not for the adjoint.
+    """
     cover = torch.eye(chain.width, dtype=chain.dtype).expand(chain.blocks, chain.width, chain.width)
     passed: list[Passed | Transition] = []
     number = 0
@@ -67,7 +70,7 @@ def forward(chain: Chain, choose: Chooser) -> Forward:
         b = _hermitian(half @ spread.mH)
         s = choose(number, stage, b)
         factor = torch.linalg.cholesky(torch.diag(s[stage.groups]).to(b.dtype) - b)
-        passed.append(Passed(stage, cover, b, factor, s))
+        passed.append(Passed(stage, cover[:0], b[:0], factor[:0], s) if slim else Passed(stage, cover, b, factor, s))
         cover = update(stage, cover, half, b, s, factor)
         number += 1
     out = chain.out.value
@@ -80,8 +83,16 @@ def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, s: Tensor, fact
     free = torch.diag(stage.free_diagonal(s)).to(cover.dtype)
     if stage.decoupled:
         return free.expand(cover.shape[0], -1, -1)
-    kept = b if stage.mirrored else _hermitian(mean @ cover @ mean.mH)
-    lifted = torch.linalg.solve_triangular(factor, b if stage.mirrored else half @ mean.mH, upper=False)
+    selected = stage.selected
+    if selected is None:
+        kept, across = _hermitian(mean @ cover @ mean.mH), half @ mean.mH
+    elif len(selected) == 0:
+        kept, across = b, b
+    else:
+        beside = half[:, :, selected]
+        across = torch.cat([beside, b], -1)
+        kept = torch.cat([torch.cat([cover[:, selected][:, :, selected], beside.mH], -1), across], -2)
+    lifted = torch.linalg.solve_triangular(factor, across, upper=False)
     return kept + _hermitian(lifted.mH @ lifted) + free
 
 

@@ -19,6 +19,7 @@ METHODS = ("fast", "sweep", "afp", "adam")
 _AFP_ITERATIONS = 30
 _ADAM_ITERATIONS = 60
 _CLOSE = 1.002
+_ADJOINT_BYTES = 1.5e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,10 @@ def search(chain: Chain, seconds: float, upto: str = "adam", target: float = 0.0
     last = METHODS.index(upto)
     started = time.monotonic()
     with torch.no_grad():
-        best, name = fast(chain), "fast"
+        slim = memory_of(chain) > _ADJOINT_BYTES
+        best, name = fast(chain, slim=slim), "fast"
         once = time.monotonic() - started
+        last = 0 if slim else last
 
         def attempt(level: int, cost: float, limit: int, least: int, run: Callable[[int, float], Forward]) -> None:
             nonlocal best, name
@@ -68,6 +71,15 @@ def search(chain: Chain, seconds: float, upto: str = "adam", target: float = 0.0
         attempt(2, 2, _AFP_ITERATIONS, 3, lambda rounds, left: adjoint_fixed_point(chain, best, rounds))
         attempt(3, 5, _ADAM_ITERATIONS, 10, lambda rounds, left: adam(chain, best, rounds, seconds=left))
     return Found(best.multipliers, _size(best), name)
+
+
+def memory_of(chain: Chain) -> float:
+    """Bytes that a forward pass with everything the adjoint needs would hold."""
+    numbers = 0
+    for stage in chain.choices:
+        rows, columns = stage.spread.value.shape[-2:]
+        numbers += max(stage.spread.value.shape[0], 1) * (2 * rows * rows + columns * columns)
+    return 16.0 * numbers
 
 
 def _size(result: Forward) -> float:

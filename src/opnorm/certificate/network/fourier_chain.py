@@ -197,20 +197,19 @@ class _Builder:
         kernel = symbols.symbol(conv, self.weights, fine.reshape(-1, fine.shape[-1]), self.grid(source.level))
         assert kernel.error is not None
         value = kernel.value.reshape(blocks, len(ins), place.channels, source.channels)
-        error = kernel.error.reshape(value.shape)
         strided = prod(conv.stride)
         scale = 1 / strided**0.5
         joined = value.new_zeros(blocks, len(outs), place.channels, len(ins), source.channels)
-        doubt = error.new_zeros(joined.shape)
+        doubt = kernel.error.new_zeros(1, *joined.shape[1:])  # the same at every frequency
         for b, out in enumerate(outs.tolist()):
             for a, alias in enumerate(ins.tolist()):
                 if [x % r for x, r in zip(alias, ratios.tolist(), strict=True)] == out:
                     joined[:, b, :, a] = value[:, a] * scale
-                    doubt[:, b, :, a] = error[:, a] * scale
+                    doubt[:, b, :, a] = kernel.error * scale * (1 + 8 * rounding.U)
         shape = (blocks, len(outs) * place.channels, len(ins) * source.channels)
-        joined, doubt = joined.reshape(shape), doubt.reshape(shape)
+        joined, doubt = joined.reshape(shape), doubt.reshape(1, *shape[1:])
         if strided > 1:
-            doubt = doubt + joined.abs() * (8 * rounding.U)
+            doubt = doubt + joined.abs().amax(0, keepdim=True) * (8 * rounding.U)
         return symbols.product(Rows(joined, doubt * (1 + 1e-14)), rows)
 
     # ---------------------------------------------------------------- non-linear steps

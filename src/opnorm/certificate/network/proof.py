@@ -89,7 +89,7 @@ def advance(cover: Tensor, stage: Stage, multiplier: Tensor) -> Tensor:
     s = checked(stage, multiplier)
     if stage.decoupled:
         return _decoupled(cover, stage, s)
-    gram, error = sandwich(stacked([stage.mean, stage.spread]), cover)
+    gram, error = _stage_gram(stage, cover)
     candidate = _candidate(gram, stage, s)
     if candidate is not None:
         inflation = _FIRST_INFLATION
@@ -99,6 +99,39 @@ def advance(cover: Tensor, stage: Stage, multiplier: Tensor) -> Tensor:
                 return inflated
             inflation *= 10
     raise CertificateError(f"step {stage.step} could not be proved: its multipliers are too small")
+
+
+def _stage_gram(stage: Stage, cover: Tensor) -> tuple[Tensor, Tensor]:
+    """`R P R^H` for the rows R of `mean` above those of `spread`, with the products that repeat taken once."""
+    selected = stage.selected
+    if selected is None:
+        return sandwich(stacked([stage.mean, stage.spread]), cover)
+    b, doubt = sandwich(stage.spread, cover)
+    half, across = half_product(stage.spread, cover)
+    half, across = half[:, :, selected], across[:, :, selected]
+    kept = cover[:, selected][:, :, selected]
+    nothing = torch.zeros_like(kept.abs())
+    gram = _bordered(kept, half, b)
+    return gram, _bordered(nothing, across, doubt)
+
+
+def _bordered(corner: Tensor, side: Tensor, block: Tensor) -> Tensor:
+    """The matrix of `(kept, v, v again)`: v's block stands four times."""
+    row = torch.cat([side, block, block], -1)
+    top = torch.cat([corner, side.mH, side.mH], -1)
+    return torch.cat([top, row, row], -2)
+
+
+def half_product(rows: Rows, cover: Tensor) -> tuple[Tensor, Tensor]:
+    """`R P` in floating point, and a bound of the distance of each entry from the exact one."""
+    value = rows.value
+    inner = value.shape[-1]
+    constant = 3 * rounding.gamma(4 * inner + 16) if value.is_complex() else rounding.gamma(2 * inner + 8)
+    weight = cover.abs()
+    error = (value.abs() @ weight) * constant
+    if rows.error is not None:
+        error = error + rows.error @ weight
+    return value @ cover, error * (1 + 4 * rounding.gamma(2 * inner + 16)) + rounding.TINY * (inner + 1)
 
 
 def _decoupled(cover: Tensor, stage: Stage, s: Tensor) -> Tensor:
@@ -152,17 +185,17 @@ def largest_eigenvalue(gram: Tensor, error: Tensor) -> float:
     gram, error = gram / unit, error / unit
     top = float(torch.linalg.eigvalsh(gram)[..., -1].amax())
     doubt = float(error.sum(-1).amax()) * (1 + rounding.gamma(gram.shape[-1] + 2))
-    slack = max(doubt, 1e-14)
     identity = torch.eye(gram.shape[-1], dtype=torch.float64)
-    while slack < 1.0:
-        target = top + 2 * slack
-        # Each entry of the difference is rounded once.
+    margin = 1e-14
+    while margin < 1.0:
+        target = rounding.up(top + margin)
         shifted = target * identity - gram
-        rounded = 2 * rounding.U * float(shifted.abs().sum(-1).amax())
         floor = float(eigenvalue_floor(shifted).amin())
-        if floor >= -(slack - doubt - rounded) and floor > -float("inf"):
-            return rounding.mul_up(rounding.add_up(target, slack), unit)
-        slack *= 4
+        if floor > -float("inf"):
+            # Each entry of the difference was rounded once.
+            rounded = 2 * rounding.U * float(shifted.abs().sum(-1).amax())
+            return rounding.mul_up(rounding.add_up(target, max(-floor, 0.0), rounded, doubt), unit)
+        margin *= 4
     raise CertificateError("the largest eigenvalue of the last covariance could not be proved")
 
 

@@ -63,9 +63,23 @@ class Stage:
         return not bool((self.mean.value != 0).any())
 
     @cached_property
-    def mirrored(self) -> bool:
-        """Whether the two parts are the same rows, as for a ReLU beside which nothing stays live."""
-        return torch.equal(self.mean.value, self.spread.value)
+    def selected(self) -> Tensor | None:
+        """Which elements of the old base are kept, where they are kept as they are and v's linear part is `spread`.
+
+        Then the products for the tensors beside v are parts of those for v. None otherwise.
+        """
+        kept = self.mean.height - self.spread.height
+        if kept < 0 or not torch.equal(self.mean.value[:, kept:], self.spread.value):
+            return None
+        if kept == 0:
+            return torch.arange(0)
+        rows = self.mean.value[:, :kept]
+        error = self.mean.error
+        first = rows[0].real
+        same = bool((rows == rows[:1]).all()) and bool((rows[0].imag == 0).all() if rows.is_complex() else True)
+        one = bool(((first == 0) | (first == 1)).all()) and bool((first.sum(-1) == 1).all())
+        clean = error is None or not bool(error[:, :kept].any())
+        return first.argmax(-1) if same and one and clean else None
 
     def free_diagonal(self, multipliers: Tensor) -> Tensor:
         """What the free part adds to the diagonal of the new base's cover."""

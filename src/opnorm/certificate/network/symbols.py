@@ -63,7 +63,7 @@ def symbol(conv: Convolution, weights: Weights, frequencies: Tensor, torus: tupl
     count = flat.shape[-1]
     relative = wave_error(len(torus)) + 2 * rounding.gamma(count + 4) + conv.units * 2 * rounding.U
     error = flat.abs().sum(-1) * (relative * (1 + 1e-6))
-    return Rows(value, error[None].expand(value.shape))
+    return Rows(value, error[None])
 
 
 def ungrouped(kernel: Tensor, groups: int) -> Tensor:

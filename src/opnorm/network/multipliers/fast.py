@@ -7,13 +7,13 @@ from opnorm.certificate.network.stages import Chain, Stage
 from opnorm.network.covariance import Forward, forward, largest_eigenvalue
 
 
-def fast(chain: Chain) -> Forward:
+def fast(chain: Chain, *, slim: bool = False) -> Forward:
     """Run the calculus with `S = (1 + c) lambda_max(B) I`.
 
     For slopes in [m - r, m + r] the choice c = |m|/r gives `(|m| + r)^2 lambda_max(Q)` on a chain, so that the result
     is never above the product of the naive rules (ECLipsE-Fast where m = r, the ReLU).
     """
-    return forward(chain, closed_form)
+    return forward(chain, closed_form, slim=slim)
 
 
 def closed_form(number: int, stage: Stage, b: Tensor) -> Tensor:
