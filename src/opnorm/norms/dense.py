@@ -70,7 +70,8 @@ def top_vector(gram: Tensor, rtol: float) -> Tensor:
     """Return an approximate top eigenvector, shape (n,), of a positive semi-definite matrix; nothing is proved."""
     n = gram.shape[0]
     if n <= _SMALL:
-        return torch.linalg.eigh(gram).eigenvectors[:, -1]
+        top: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -1]
+        return top
     narrow = n >= _SINGLE and rtol >= 1e-8
     searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
     noise = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(searched)
@@ -101,4 +102,8 @@ def _factored(gram: Gram, t: float) -> Factored | None:
     # Each diagonal entry of the shifted matrix is rounded once.
     rounded = rounding.mul_up(2 * rounding.U, rounding.add_up(t, largest))
     ceiling = rounding.add_up(t, -margin, gram.error, rounded)
-    return Factored(ceiling, lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0])
+
+    def solve(v: Tensor) -> Tensor:
+        return torch.cholesky_solve(v[:, None], factor)[:, 0]
+
+    return Factored(ceiling, solve)

@@ -88,7 +88,7 @@ def batched_top(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -
     """
     basis: list[Tensor] = []
     images: list[Tensor] = []
-    smallest = torch.finfo(start.dtype).tiny
+    kind = torch.finfo(start.dtype)
     vector = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
     for _ in range(min(steps, start.shape[1])):
         basis.append(vector)
@@ -97,7 +97,10 @@ def batched_top(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -
         vector = images[-1]
         for _ in range(2):
             vector = vector - stack @ (stack.mH @ vector)
-        vector = vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(smallest)
+        size = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+        # What rounding left of an exhausted space is no direction: zeros from there on.
+        exhausted = size <= kind.eps * torch.linalg.vector_norm(images[0], dim=1, keepdim=True) + kind.tiny**0.5
+        vector = torch.where(exhausted, 0, vector / size.clamp_min(kind.tiny))
     small = stack.mH @ torch.cat(images, -1)
     values, vectors = torch.linalg.eigh((small + small.mH) / 2)
     return values[:, -1], stack @ vectors[..., -1:]

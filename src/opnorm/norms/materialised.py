@@ -1,5 +1,7 @@
 """The matrix of a small operator, and bounds that need only the sums of its absolute entries."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.memory import require_memory
+from opnorm.norms.rescaled import lost_to_underflow, rescaled
 from opnorm.operators import LinearOperator
 
 _BATCH_BYTES = 2**26
@@ -23,11 +26,14 @@ def materialised_norm(operator: LinearOperator, *, rtol: float) -> Enclosure:
         TooLargeError: if the matrix does not fit into memory.
         WeightError: if a weight holds NaN or infinite values.
     """
+    operator, exponent = rescaled(operator)
     matrix = matrix_of(operator)
     terms = operator.entry_terms
     relative = rounding.add_up(rounding.gamma(terms) if terms > 1 else 0.0, operator.entry_error)
     slack = rounding.mul_up(relative, majorant_norm(operator)) if relative else 0.0
-    return dense_norm(matrix, rtol=rtol, slack=slack)
+    found = dense_norm(matrix, rtol=rtol, slack=rounding.add_up(slack, lost_to_underflow(operator)))
+    lower, upper = rounding.ldexp_down(found.lower, exponent), rounding.ldexp_up(found.upper, exponent)
+    return replace(found, lower=lower, upper=upper)
 
 
 def matrix_of(operator: LinearOperator) -> Tensor:

@@ -17,8 +17,8 @@ from opnorm.norms.groups import norm_over_groups
 from opnorm.norms.lp import L2, Order, lp_norm, parse_order
 from opnorm.norms.materialised import materialised_norm, matrix_of
 from opnorm.norms.probable import estimated_norm, probable_norm
+from opnorm.norms.rescaled import rescaled
 from opnorm.norms.row_sums import row_sum_norm
-from opnorm.norms.scaling import normalised
 from opnorm.norms.select import DENSE_LIMIT, select
 from opnorm.norms.structured import structured_norm
 from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator
@@ -153,7 +153,7 @@ def _run(
 
 def _lanczos(operator: LinearOperator, rtol: float, guarantee: Guarantee, failure_probability: float) -> Enclosure:
     """A search from a random start, on weights scaled to the order of one."""
-    scaled, exponent = _rescaled(operator)
+    scaled, exponent = rescaled(operator)
     if guarantee == "estimate":
         found = estimated_norm(scaled, rtol=rtol)
     else:
@@ -165,8 +165,8 @@ def _lanczos(operator: LinearOperator, rtol: float, guarantee: Guarantee, failur
 def _structured(operator: LinearOperator, rtol: float, guarantee: Guarantee, failure_probability: float) -> Enclosure:
     """By structure; a small composition by its own matrix, because the product of its parts' norms is loose."""
     if isinstance(operator, Composed) and guarantee == "proved":
-        shapes = _shapes(operator)
-        if shapes is not None and max(shapes) <= DENSE_LIMIT:
+        shapes = [_shapes(part) for part in operator.parts]
+        if all(shape is not None and max(shape) <= DENSE_LIMIT for shape in shapes):
             return materialised_norm(operator, rtol=rtol)
     return structured_norm(
         operator, lambda part: measure(part, rtol, guarantee, "auto", failure_probability), rtol=rtol
@@ -194,19 +194,6 @@ def _other_norm(operator: LinearOperator, order: Order, rtol: float, method: str
             f"ord={order}: the entries of this {type(operator).__name__} are rounded sums; only ord=2 is proved for it"
         )
     return lp_norm(matrix_of(operator), order, rtol=rtol)
-
-
-def _rescaled(operator: LinearOperator) -> tuple[LinearOperator, int]:
-    """The operator with weights of the order of one and the power of two taken out, where it stores one weight."""
-    match operator:
-        case Dense() | Conv():
-            scaled, exponent = normalised(operator.weight)
-            return replace(operator, weight=scaled), exponent
-        case ConvTranspose():
-            scaled, exponent = normalised(operator.conv.weight)
-            return replace(operator, conv=replace(operator.conv, weight=scaled)), exponent
-        case _:
-            return operator, 0
 
 
 def _on_float64(operator: LinearOperator) -> LinearOperator:

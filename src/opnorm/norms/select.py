@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from opnorm._enclosure import Guarantee
-from opnorm.errors import ArgumentError, TooLargeError
+from opnorm.errors import ArgumentError, InputShapeError, TooLargeError
 from opnorm.norms.banded import banded_cost, banded_fits
 from opnorm.norms.fourier import size_free_flops, torus_flops
 from opnorm.norms.memory import available_bytes
@@ -139,7 +139,11 @@ def _cost(operator: LinearOperator, method: str, rtol: float) -> tuple[float, fl
     if method == "structured":
         if not isinstance(operator, STRUCTURED):
             raise ArgumentError(f"method='structured' does not know {type(operator).__name__}")
-        return float(operator.in_size + operator.out_size), 8.0 * (operator.in_size + operator.out_size)
+        try:
+            length = float(operator.in_size + operator.out_size)
+        except InputShapeError:  # it stands for every input size
+            length = 1.0
+        return length, 8.0 * length
     rows, columns = operator.out_size, operator.in_size
     if method == "lanczos":
         steps = min(steps_needed(min(rows, columns), rtol, 1e-12), rows, columns)

@@ -49,8 +49,10 @@ class Composed(LinearOperator):
         return reduce(torch.promote_types, (part.dtype for part in self.parts))
 
     @property
-    def device(self) -> torch.device:  # noqa: D102
-        return self.parts[0].device
+    def device(self) -> torch.device:
+        """That of the stored weights: what stores none follows its argument."""
+        devices = [part.device for part in self.parts]
+        return next((device for device in devices if device.type != "cpu"), devices[0])
 
     @property
     def terms(self) -> int:

@@ -2,6 +2,6 @@
 
 from opnorm.rewrite.normalize import normalize_checkpoint
 from opnorm.rewrite.outcome import Changed, Kept, Outcome
-from opnorm.rewrite.verify import verify
+from opnorm.rewrite.check import verify
 
 __all__ = ["Changed", "Kept", "Outcome", "normalize_checkpoint", "verify"]
