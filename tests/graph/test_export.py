@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from network.networks import Lambda
 from torch import Tensor, nn
 
 import opnorm
+from network.networks import Lambda
 from opnorm.errors import ArgumentError, UnsupportedLayerError
 from opnorm.graph import export
 

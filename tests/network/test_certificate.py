@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from network.networks import DENSE, IMAGES
 from torch import nn
 
 import opnorm
+from network.networks import DENSE, IMAGES
 from opnorm.certificate.network.check import verify_network
 from opnorm.certificate.network.file import NetworkCertificate
 from opnorm.certificate.network.program import Elementwise
@@ -63,7 +63,8 @@ def test_infeasible_multipliers_do_not_pass(factor: float) -> None:
 def test_narrower_slopes_do_not_pass() -> None:
     model, certificate = certified("mlp")
     steps = tuple(
-        dataclasses.replace(s, high=s.high * 0.5) if isinstance(s, Elementwise) else s for s in certificate.program.steps
+        dataclasses.replace(s, high=s.high * 0.5) if isinstance(s, Elementwise) else s
+        for s in certificate.program.steps
     )
     wrong = dataclasses.replace(certificate, program=dataclasses.replace(certificate.program, steps=steps))
     with pytest.raises(CertificateError, match="narrower"):

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from network.networks import Lambda
 from torch import Tensor, nn
 
 import opnorm
+from network.networks import Lambda
 from opnorm.certificate.network.check import chain_of
 from opnorm.certificate.network.proof import prove
 from opnorm.errors import CertificateError
@@ -76,7 +76,9 @@ def test_circular_padding_does_not_bound_zero_padding() -> None:
 def test_leaky_relu_lets_what_lies_outside_the_image_through() -> None:
     torch.manual_seed(3)
     for slope in (1.0, 0.9, -1.0):
-        model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.LeakyReLU(slope), nn.Conv2d(1, 1, 3, padding=1, bias=False))
+        model = nn.Sequential(
+            nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.LeakyReLU(slope), nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        )
         points = torch.randn(50, 1, 3, 3).double()
         upper = fourier(model, 1, 3, 3)
         for x in points:
@@ -106,7 +108,12 @@ def test_two_outputs_that_are_nearly_the_same_keep_a_positive_distance() -> None
 
 
 def test_activations_beside_relu_have_their_own_slopes() -> None:
-    for activation, slope in ((nn.GELU(), 1.1289), (nn.Hardswish(), 1.499), (nn.SiLU(), 1.0998), (nn.LeakyReLU(3.0), 2.999)):
+    for activation, slope in (
+        (nn.GELU(), 1.1289),
+        (nn.Hardswish(), 1.499),
+        (nn.SiLU(), 1.0998),
+        (nn.LeakyReLU(3.0), 2.999),
+    ):
         model = nn.Sequential(nn.Linear(1, 1, bias=False), activation)
         model[0].weight.data.fill_(1.0)
         assert opnorm.lipschitz(model, torch.randn(2, 1)).upper >= slope

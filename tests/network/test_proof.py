@@ -62,4 +62,8 @@ def test_largest_eigenvalue_is_above_and_close(size: int) -> None:
     values = flint.acb_mat(ball(gram)).eig(multiple=True, algorithm="rump")
     exact = max(float(v.real.mid()) for v in values)
     assert exact <= upper <= exact * (1 + 1e-12)
-    assert math.isclose(largest_eigenvalue(gram[None], torch.full((1, size, size), 0.1, dtype=torch.float64)), exact + 0.1 * size, rel_tol=1e-9)
+    assert math.isclose(
+        largest_eigenvalue(gram[None], torch.full((1, size, size), 0.1, dtype=torch.float64)),
+        exact + 0.1 * size,
+        rel_tol=1e-9,
+    )

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from network.networks import DENSE, IMAGES, Net
 from torch import Tensor, nn
 
 import opnorm
+from network.networks import DENSE, IMAGES, Net
 from opnorm.certificate.network.check import chain_of
 from opnorm.certificate.network.proof import prove
 from opnorm.errors import UnsupportedLayerError

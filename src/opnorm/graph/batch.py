@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opnorm.errors import UnsupportedLayerError
-from opnorm.graph.types import Graph, Node, Ref, Weight
+from opnorm.graph.types import Graph, Ref, Weight
 
 
 def batch_place(node: torch.fx.Node, place: str) -> tuple[int, int]:
@@ -21,7 +21,7 @@ def batch_place(node: torch.fx.Node, place: str) -> tuple[int, int]:
     if len(axes) != 1:
         grows = "no axis grows" if not axes else f"{len(axes)} axes grow"
         raise UnsupportedLayerError(f"{place} mixes the samples of a batch: {grows} with the batch in its result")
-    size = sizes[axes[0]]
+    size: Any = sizes[axes[0]]
     symbols = list(size.free_symbols)
     factor = size.subs(symbols[0], 1)
     if len(symbols) != 1 or size != factor * symbols[0]:
@@ -86,7 +86,7 @@ def evaluate(graph: Graph, batches: tuple[Tensor, ...]) -> dict[str, Any]:
     return values
 
 
-def filled(argument: Any, values: dict[str, Any], weights: dict[str, Tensor]) -> Any:  # noqa: ANN401
+def filled(argument: Any, values: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     """An argument with tensors in place of references."""
     if isinstance(argument, Ref):
         return values[argument.name]
@@ -95,4 +95,3 @@ def filled(argument: Any, values: dict[str, Any], weights: dict[str, Tensor]) ->
     if isinstance(argument, list | tuple):
         return type(argument)(filled(a, values, weights) for a in argument)
     return argument
-

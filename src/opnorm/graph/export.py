@@ -53,7 +53,7 @@ def two_samples(example_input: Example) -> tuple[Tensor, ...]:
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     batches = []
     for number, batch in enumerate(inputs):
-        if not isinstance(batch, Tensor) or batch.dim() < 1 or batch.shape[0] == 0:
+        if batch.dim() < 1 or batch.shape[0] == 0:
             raise ArgumentError(f"input {number} must be a tensor with a batch as its first axis")
         if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
             raise ArgumentError(f"input {number} holds NaN or infinite values")
@@ -207,7 +207,7 @@ class _Reader:
         kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: ids.get(n.name, self.env[n.name]))
         return varies_fastest(node.target(*args, **kwargs), axis, where)  # type: ignore[operator]
 
-    def _argument(self, argument: Any) -> Any:  # noqa: ANN401 - whatever torch.fx holds
+    def _argument(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
             if argument.name in self.varied:
                 return Ref(argument.name)

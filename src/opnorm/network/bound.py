@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm._enclosure import Guarantee
 from opnorm.certificate.network.check import SLACK, chain_of
@@ -191,7 +192,7 @@ def _calculus(
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
             proof = prove(chain, found.multipliers)
-        except (TooLargeError, UnsupportedLayerError, CertificateError, torch.linalg.LinAlgError) as problem:
+        except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
         return _Candidate(proof.upper * SLACK, _pairwise(proof), found, calculus)
@@ -284,7 +285,7 @@ def _sharpen(graph: Graph) -> Sharpen:
         try:
             chain = chain_of(program, graph.weights, "dense")
             return prove(chain, search(chain, _SHARPEN_SECONDS, "afp").multipliers, pairs_up_to=0).coordinates
-        except (TooLargeError, UnsupportedLayerError, CertificateError, torch.linalg.LinAlgError):
+        except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError):
             return None
 
     return constants

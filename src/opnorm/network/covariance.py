@@ -108,11 +108,13 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
     """The largest over the blocks, differentiable through the eigenvector of the largest."""
     with torch.no_grad():
         if not matrix.requires_grad:
-            return torch.linalg.eigvalsh(matrix.detach())[..., -1].amax()
+            largest: Tensor = torch.linalg.eigvalsh(matrix.detach())[..., -1].amax()
+            return largest
         values, vectors = torch.linalg.eigh(matrix.detach())
         block = int(values[..., -1].argmax())
         top = vectors[block, :, -1]
-    return (top.conj() @ (matrix[block] @ top)).real
+    value: Tensor = (top.conj() @ (matrix[block] @ top)).real
+    return value
 
 
 def bound_squared(result: Forward) -> Tensor:

@@ -153,7 +153,9 @@ def _tightened(step: Opaque, given: list[Tensor], inputs: list[_Reach], doubts: 
     value, reach, doubt = given[0], inputs[0], doubts[0]
     if step.kind == "normalize" and value.numel() == reach.each.numel():
         constant = _normalising(step.parameters, value, reach, doubt)
-        return replace(step, constant=min(step.constant, constant), reason="normalising, with the variance of the region")
+        return replace(
+            step, constant=min(step.constant, constant), reason="normalising, with the variance of the region"
+        )
     if step.kind in ("square", "exp") and value.numel() == reach.each.numel():
         width = reach.each + doubt + _EVALUATION * value.abs()
         top, bottom = value + width, value - width
@@ -163,9 +165,13 @@ def _tightened(step: Opaque, given: list[Tensor], inputs: list[_Reach], doubts: 
             low, high = 2 * bottom, 2 * top
         if bool(torch.isfinite(high).all() and torch.isfinite(low).all()):
             shape = step.shape
-            return Elementwise(step.sources, shape, f"{step.label} on the region", low.reshape(shape), high.reshape(shape))
+            return Elementwise(
+                step.sources, shape, f"{step.label} on the region", low.reshape(shape), high.reshape(shape)
+            )
     if step.kind == "attention" and len(given) == len(inputs) == 3:
-        return replace(step, constant=_attention(step.parameters, given, inputs, doubts), reason="attention on the region")
+        return replace(
+            step, constant=_attention(step.parameters, given, inputs, doubts), reason="attention on the region"
+        )
     return step
 
 
@@ -182,9 +188,7 @@ def _normalising(parameters: tuple[float, ...], value: Tensor, reach: _Reach, do
     return math.inf if under <= 0 else rounding.div_up(1.0, rounding.sqrt_down(under))
 
 
-def _attention(
-    parameters: tuple[float, ...], given: list[Tensor], inputs: list[_Reach], doubts: list[Tensor]
-) -> float:
+def _attention(parameters: tuple[float, ...], given: list[Tensor], inputs: list[_Reach], doubts: list[Tensor]) -> float:
     """`sqrt(n + (s V K)^2 + n (s V Q)^2)` with the largest norms of a query, a key and a value in the region."""
     queries, _, width, value_width, scale = parameters
     largest = []
@@ -209,7 +213,9 @@ def _reach_of(
     if isinstance(step, Linear):
         spread = sources[0].each.reshape(1, *step.map.in_shape)
         finite = bool(torch.isfinite(spread).all())
-        moved = step.map.apply(spread, weights, absolute=True).reshape(-1) if finite else torch.full((step.size,), math.inf)
+        moved = (
+            step.map.apply(spread, weights, absolute=True).reshape(-1) if finite else torch.full((step.size,), math.inf)
+        )
         slack = 1 + rounding.gamma(step.map.terms(weights) + step.map.units + 8)
         return _Reach.of(moved.double() * slack, rounding.mul_up(norms(step.map), total) if total else 0.0)
     if isinstance(step, Sum):

@@ -84,7 +84,7 @@ def attained(
     generator = torch.Generator().manual_seed(0)
     best: Pair | None = None
     try:
-        for chunk in starts.split(2):
+        for chunk in torch.split(starts, 2):
             x = clip(chunk if len(chunk) == 2 else chunk.repeat(2, 1))
             direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
             for climb in (False, True) if ascent else (False,):
@@ -100,7 +100,7 @@ def attained(
 
 def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int) -> Tensor:
     """Power iteration on J^T J at each row; J v by a central difference, which needs no second derivative."""
-    _, pull = torch.func.vjp(function, x)
+    pull = torch.func.vjp(function, x)[1]
     width = 1e-6 * _norms(x).clamp_min(1e-3)
 
     def push(v: Tensor) -> Tensor:
@@ -115,9 +115,7 @@ def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int)
     return direction / _norms(direction)
 
 
-def _climbed(
-    function: Function, x: Tensor, direction: Tensor, clip: Clip, steps: int
-) -> tuple[Tensor, Tensor]:
+def _climbed(function: Function, x: Tensor, direction: Tensor, clip: Clip, steps: int) -> tuple[Tensor, Tensor]:
     """Gradient ascent on the quotient of a pair that is wide enough to see other pieces of the function."""
     width = 0.1 * x.norm(dim=1, keepdim=True).clamp_min(1e-3)
     point = x.clone().requires_grad_()
@@ -127,7 +125,7 @@ def _climbed(
         optimiser.zero_grad()
         with torch.enable_grad():
             quotient = _norms(function(point + gap) - function(point)) / _norms(gap)
-            (-quotient.clamp_min(1e-30).log().sum()).backward()
+            (-quotient.clamp_min(1e-30).log().sum()).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         with torch.no_grad():
             point.copy_(clip(point))
@@ -157,4 +155,5 @@ def _better(one: Pair | None, two: Pair | None) -> Pair | None:
 
 
 def _norms(x: Tensor) -> Tensor:
-    return x.norm(dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norms

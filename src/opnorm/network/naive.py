@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -164,7 +165,7 @@ def operator_of(linear: LinearMap, weights: Weights) -> LinearOperator:
     if isinstance(linear, Matrix):
         return Dense(stored(weights, linear.weight))
     if isinstance(linear, Convolution):
-        mode = "circular" if linear.circular else "zeros"
+        mode: Literal["circular", "zeros"] = "circular" if linear.circular else "zeros"
         return Conv(
             stored(weights, linear.weight),
             linear.in_shape[1:],

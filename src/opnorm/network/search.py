@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm.certificate.network.stages import Chain
 from opnorm.network.covariance import Forward, bound_squared
@@ -62,7 +63,7 @@ def search(chain: Chain, seconds: float, upto: str = "adam", target: float = 0.0
                 return
             try:
                 trial = run(rounds, left)
-            except torch.linalg.LinAlgError:  # numbers so far apart that a factorisation fails: no claim is lost
+            except LinAlgError:  # numbers so far apart that a factorisation fails: no claim is lost
                 return
             if _size(trial) < _size(best):
                 best, name = trial, METHODS[level]

@@ -12,9 +12,7 @@ def table_of(bound: "NetworkBound") -> str:
     rows = [("step", "constant", "so far", "")]
     rows += [(n.place, number(n.constant), number(n.bound), n.note) for n in bound.nodes]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
-    ]
+    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]
     lines.insert(1, "-" * (sum(widths) + 4))
     lines.append("")
     lines.append(f"{number(bound.lower, down=True)} <= Lipschitz constant <= {number(bound.upper)}")

@@ -74,9 +74,9 @@ def activation_slopes(kind: str, parameters: tuple[float, ...], weight: str, wei
         (alpha,) = parameters
         return slopes(min(alpha, 1.0), max(alpha, 1.0))
     if kind == "prelu":
-        alpha = stored(weights, weight).reshape(-1)
-        alpha = alpha[0] if alpha.numel() == 1 else alpha
-        return alpha.clamp(max=1.0), alpha.clamp(min=1.0)
+        left = stored(weights, weight).reshape(-1)
+        left = left[0] if left.numel() == 1 else left
+        return left.clamp(max=1.0), left.clamp(min=1.0)
     if kind == "elu":
         # x > 0: scale; x <= 0: scale * alpha * input_scale * exp(input_scale x), and the chord between them.
         alpha, scale, input_scale = parameters

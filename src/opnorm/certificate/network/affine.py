@@ -1,7 +1,7 @@
 """Matrices known up to an entrywise error, and the affine steps of a program in terms of them."""
 
 from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Rows:
 
     Attributes:
         value: shape (blocks, m, n), real or complex; one block for dense networks, one per frequency otherwise.
-        error: of the same shape, real, or None where the value is exact.
+        error: of the same shape, or of one block that holds for all; real; None where the value is exact.
     """
 
     value: Tensor
@@ -79,15 +79,11 @@ def summed(parts: list[Rows], coefficients: tuple[float, ...]) -> Rows:
     return Rows(value, total * (1 + rounding.gamma(len(parts) + 8)))
 
 
-Summable = TypeVar("Summable")
-
-
-def sum_of(items) -> Tensor:  # type: ignore[no-untyped-def]
+def sum_of(items: Iterable[Tensor]) -> Tensor:
     """The sum of a non-empty sequence of tensors."""
-    iterator = iter(items)
-    total = next(iterator)
-    for item in iterator:
-        total = total + item
+    total, *others = items
+    for other in others:
+        total = total + other
     return total
 
 
@@ -98,16 +94,17 @@ def stacked(parts: list[Rows]) -> Rows:
     value = torch.cat([p.value for p in parts], -2)
     if all(p.error is None for p in parts):
         return Rows(value)
-    errors = [torch.zeros_like(p.value.abs()) if p.error is None else p.error for p in parts]
-    return Rows(value, torch.cat(errors, -2))
+    nothing = [torch.zeros(1, *p.value.shape[1:], dtype=torch.float64) for p in parts]
+    errors = [e if p.error is None else p.error for p, e in zip(parts, nothing, strict=True)]
+    shared = max(e.shape[0] for e in errors)  # an error may be the same in every block
+    return Rows(value, torch.cat([e.expand(shared, -1, -1) for e in errors], -2))
 
 
 def expanded(rows: Rows, blocks: int) -> Rows:
     """The same rows in each of `blocks` blocks."""
     if rows.value.shape[0] == blocks:
         return rows
-    error = None if rows.error is None else rows.error.expand(blocks, -1, -1)
-    return Rows(rows.value.expand(blocks, -1, -1), error)
+    return Rows(rows.value.expand(blocks, -1, -1), rows.error)
 
 
 def permuted(rows: Rows, order: Tensor) -> Rows:
@@ -125,9 +122,3 @@ def scaled_rows(rows: Rows, factors: Tensor) -> Rows:
         error = error + rows.error * factors.abs()[:, None]
     return Rows(value, error * (1 + 8 * rounding.U))
 
-
-def widened(rows: Rows, width: int) -> Rows:
-    """The same rows over a base with zero columns appended."""
-    pad = (0, width - int(rows.value.shape[-1]))
-    value = torch.nn.functional.pad(rows.value, pad)
-    return Rows(value, None if rows.error is None else torch.nn.functional.pad(rows.error, pad))

@@ -17,11 +17,11 @@ from opnorm.errors import CertificateError
 
 FORMAT = "opnorm.network/1"
 
-_STEPS = {c.__name__: c for c in (program.Input, program.Linear, program.Sum, program.Concat, program.Elementwise, program.Opaque)}
-_MAPS = {
+_STEPS = {
     c.__name__: c
-    for c in (maps.Matrix, maps.Convolution, maps.TransposedConvolution, maps.Scale, maps.Gather)
+    for c in (program.Input, program.Linear, program.Sum, program.Concat, program.Elementwise, program.Opaque)
 }
+_MAPS = {c.__name__: c for c in (maps.Matrix, maps.Convolution, maps.TransposedConvolution, maps.Scale, maps.Gather)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +150,8 @@ def _step(entry: dict[str, Any], position: int, tensors: dict[str, Tensor]) -> S
         values |= {"low": tensors[f"low.{position}"], "high": tensors[f"high.{position}"]}
     if kind is program.Opaque:
         values["constant"] = float.fromhex(values["constant"])
-    return kind(**values)  # type: ignore[no-any-return]
+    return kind(**values)
 
 
-def _tuples(value: Any) -> Any:  # noqa: ANN401
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -50,7 +50,7 @@ def fourier_chain(program: Program, weights: Weights, limit: float = 6e9) -> Cha
     Raises:
         UnsupportedLayerError: if a step has no counterpart on a torus.
         TooLargeError: if a cover would exceed the limit.
-    """  # noqa: DOC502 - raised further down
+    """
     plan = layout(program)
     return _Builder(program, {**weights, **program.constants}, plan, limit).chain()
 
@@ -350,4 +350,3 @@ def _channel_order(index: Tensor, source: Place, place: Place, step: Step) -> Te
     if not torch.equal(lines, order[:, None] * points + torch.arange(points)):
         raise UnsupportedLayerError(f"the Fourier calculus does not cover {step.label}: it moves points")
     return order
-

@@ -134,4 +134,5 @@ def slopes(low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:
     """Two float64 tensors of one shape from two numbers or tensors."""
     a = torch.as_tensor(low, dtype=torch.float64)
     b = torch.as_tensor(high, dtype=torch.float64)
-    return torch.broadcast_tensors(a, b)  # type: ignore[return-value]
+    zero = torch.zeros_like(a + b)
+    return zero + a, zero + b

@@ -11,6 +11,7 @@ an opaque function m = 0 and S = s I.) The docs give the derivation from the S-p
 Every stage starts from the exactly stored P' of the one before, so rounding errors do not compound.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.affine import Rows, stacked
-from opnorm.certificate.network.stages import Chain, Detach, Regrid, Stage, Collect
+from opnorm.certificate.network.stages import Chain, Collect, Detach, Regrid, Stage
 from opnorm.certificate.posdef import eigenvalue_floor, require_ieee_arithmetic
 from opnorm.errors import CertificateError
 
@@ -144,10 +145,14 @@ def _decoupled(cover: Tensor, stage: Stage, s: Tensor) -> Tensor:
     root = s.sqrt()
     scale = (torch.frexp(root)[0] / root)[stage.groups]
     joint = scale[:, None] * scale[None]
-    if not stage.count or largest_eigenvalue(
-        gram * joint - torch.diag(s[stage.groups]) * joint + torch.eye(len(scale), dtype=torch.float64),
-        error * joint + 4 * rounding.U * (gram.abs() * joint + 4 * torch.eye(len(scale), dtype=torch.float64)),
-    ) <= 1.0:
+    if (
+        not stage.count
+        or largest_eigenvalue(
+            gram * joint - torch.diag(s[stage.groups]) * joint + torch.eye(len(scale), dtype=torch.float64),
+            error * joint + 4 * rounding.U * (gram.abs() * joint + 4 * torch.eye(len(scale), dtype=torch.float64)),
+        )
+        <= 1.0
+    ):
         free = torch.diag(stage.free_diagonal(s)).to(cover.dtype)
         return free.expand(max(len(cover), len(gram)), -1, -1)
     raise CertificateError(f"step {stage.step} could not be proved: its multipliers are too small")
@@ -181,7 +186,7 @@ def largest_eigenvalue(gram: Tensor, error: Tensor) -> float:
     scale = float(gram.abs().sum(-1).amax())
     if scale == 0.0:
         return float(error.sum(-1).amax()) * (1 + rounding.gamma(gram.shape[-1] + 2))
-    unit = 2.0 ** round(torch.tensor(scale).log2().item())
+    unit = math.ldexp(1.0, math.frexp(scale)[1] - 1)
     gram, error = gram / unit, error / unit
     top = float(torch.linalg.eigvalsh(gram)[..., -1].amax())
     doubt = float(error.sum(-1).amax()) * (1 + rounding.gamma(gram.shape[-1] + 2))

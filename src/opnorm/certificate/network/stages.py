@@ -158,7 +158,7 @@ class Collect:
 
 
 def _block_diagonal(parts: Tensor) -> Tensor:
-    new, aliases, n, _ = parts.shape
+    aliases = parts.shape[1]
     eye = torch.eye(aliases, dtype=parts.real.dtype)
     return parts[:, :, :, None, :] * eye[None, :, None, :, None].to(parts.dtype)
 

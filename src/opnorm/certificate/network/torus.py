@@ -66,10 +66,14 @@ def layout(program: Program) -> Layout:
             if place is not None:
                 needs = [max(n, s * f) for n, s, f in zip(needs, place.size, place.level, strict=True)]
                 coarsest = [lcm(c, f) for c, f in zip(coarsest, place.level, strict=True)]
-        circular = any(isinstance(s, Linear) and isinstance(s.map, Convolution) and s.map.circular for s in program.steps)
+        circular = any(
+            isinstance(s, Linear) and isinstance(s.map, Convolution) and s.map.circular for s in program.steps
+        )
         torus = tuple(-(-n // c) * c for n, c in zip(needs, coarsest, strict=True))
         if circular and torus != first.shape[1:]:
-            raise _unfit(first, "circular padding together with zero padding, or with a size that strides do not divide")
+            raise _unfit(
+                first, "circular padding together with zero padding, or with a size that strides do not divide"
+            )
     return Layout(torus, tuple(places), frozenset(crops))
 
 

@@ -43,7 +43,7 @@ def adam(
             objective = bound_squared(result)
             if objective.item() < value:
                 best, value = [s.detach() for s in result.multipliers], objective.item()
-            objective.log().backward()
+            objective.log().backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         if seconds is not None and time.monotonic() - started > seconds:

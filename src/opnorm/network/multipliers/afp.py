@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm.certificate.network.stages import Chain, Collect, Regrid
 from opnorm.network.covariance import Forward, Passed, fixed, forward, per_group
@@ -48,7 +49,7 @@ def adjoint_fixed_point(
 def _tried(chain: Chain, multipliers: list[Tensor], margin: float) -> Forward | None:
     try:
         return forward(chain, fixed(multipliers, margin))
-    except torch.linalg.LinAlgError:  # multipliers so far apart that S - B is singular in floating point
+    except LinAlgError:  # multipliers so far apart that S - B is singular in floating point
         return None
 
 

@@ -22,5 +22,11 @@ def attention(node: Node, build: Builder) -> int:
     scale = node.kwargs.get("scale") or 1 / math.sqrt(query[-1])
     sources = tuple(build.source(a, node) for a in node.args[:3])
     reason = "attention is not globally Lipschitz (its scores are products); give a region"
-    parameters = (float(query[-2]), float(key[-2]), float(query[-1]), float(build.shape(node.args[2])[-1]), float(scale))
+    parameters = (
+        float(query[-2]),
+        float(key[-2]),
+        float(query[-1]),
+        float(build.shape(node.args[2])[-1]),
+        float(scale),
+    )
     return build.opaque(node, sources, math.inf, reason, "attention", parameters)

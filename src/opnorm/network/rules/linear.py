@@ -65,7 +65,7 @@ def addmm(node: Node, build: Builder) -> int:
 
 @register_rule(*(f"aten.conv{d}d.{kind}" for d in (1, 2, 3) for kind in ("default", "padding")))
 def convolution(node: Node, build: Builder) -> int:
-    """torch's convolutions; a padding operation just before is taken into the convolution."""
+    """Torch's convolutions; a padding operation just before is taken into the convolution."""
     x, weight = node.args[:2]
     _require_weight(weight, node)
     _require_constant(_argument(node, 2, "bias"), node)
@@ -102,7 +102,7 @@ def _padded_before(
 
 @register_rule("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 def transposed_convolution(node: Node, build: Builder) -> int:
-    """torch's transposed convolutions."""
+    """Torch's transposed convolutions."""
     x, weight = node.args[:2]
     _require_weight(weight, node)
     _require_constant(_argument(node, 2, "bias"), node)
@@ -135,9 +135,7 @@ def native_batch_norm(node: Node, build: Builder) -> int:
     return _channel_scale(node, build, x, weight, variance, float(eps))
 
 
-def _channel_scale(
-    node: Node, build: Builder, x: Ref, weight: Weight | None, variance: Weight, eps: float
-) -> int:
+def _channel_scale(node: Node, build: Builder, x: Ref, weight: Weight | None, variance: Weight, eps: float) -> int:
     shape = build.shape(x)
     if build.graph[x.name].sample_axis(1) != 0:
         raise unsupported(node, "the channels must follow the batch axis")
@@ -165,26 +163,26 @@ def scaled(node: Node, build: Builder, x: Ref, weight: Weight) -> int:
     return build.linear(node, source, Scale(flat, flat, name, 0))
 
 
-def _require_weight(argument: Any, node: Node) -> None:  # noqa: ANN401
+def _require_weight(argument: Any, node: Node) -> None:
     if not isinstance(argument, Weight):
         raise unsupported(node, "its weight depends on the inputs")
 
 
-def _require_constant(argument: Any, node: Node) -> None:  # noqa: ANN401
+def _require_constant(argument: Any, node: Node) -> None:
     if isinstance(argument, Ref):
         raise unsupported(node, "its bias depends on the inputs")
 
 
-def _argument(node: Node, index: int, name: str, default: Any = None) -> Any:  # noqa: ANN401
+def _argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _tuple(value: Any, dims: int) -> tuple[int, ...]:  # noqa: ANN401
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
     return tuple(int(v) for v in (values * dims if len(values) == 1 else values))
 
 
-def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:  # noqa: ANN401
+def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     if value == "valid":
         return tuple((0, 0) for _ in kernel)
     if value == "same":

@@ -21,7 +21,7 @@ def _normalised(node: Node, build: Builder, source: int, eps: float, group: int,
     return build.opaque(node, (source,), constant, reason, "normalize", (float(group), eps, float(centred)))
 
 
-def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:  # noqa: ANN401
+def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:
     """Multiply by the layer's weight, along one axis of the sample or along its last ones (axis None)."""
     if weight is None:
         return position

@@ -23,7 +23,9 @@ def mean(node: Node, build: Builder) -> int:
     reduced = [before.sample_axis(a) for a in ([axes] if isinstance(axes, int) else axes)]
     if any(a is None for a in reduced):
         raise unsupported(node, "it mixes the samples of a batch")
-    order = [i for i in range(len(before.sample_shape)) if i not in reduced] + sorted(a for a in reduced if a is not None)
+    order = [i for i in range(len(before.sample_shape)) if i not in reduced] + sorted(
+        a for a in reduced if a is not None
+    )
     shape = before.sample_shape
     index = torch.arange(prod(shape)).reshape(shape).permute(order).reshape(-1)
     source = build.source(x, node)
@@ -86,7 +88,7 @@ def _by_matrix(node: Node, build: Builder, source: int, shape: tuple[int, ...]) 
 
 @register_rule(*(f"aten.max_pool{d}d.default" for d in (1, 2, 3)))
 def max_pool(node: Node, build: Builder) -> int:
-    """sqrt of the largest number of windows that one element is in."""
+    """Sqrt of the largest number of windows that one element is in."""
     return _max_pool(node, node, build)
 
 
@@ -160,7 +162,7 @@ def interpolation(node: Node, build: Builder) -> int:
     _require_images(node, build)
     shape = build.shape(node.args[0])
     origin = torch.zeros(1, 1, *shape[1:], dtype=torch.float64)
-    _, pull = torch.func.vjp(lambda x: node.function(x, *node.args[1:], **node.kwargs), origin)
+    pull = torch.func.vjp(lambda x: node.function(x, *node.args[1:], **node.kwargs), origin)[1]
     out = torch.ones(1, 1, *node.sample_shape[1:], dtype=torch.float64)
     columns = float(pull(out)[0].max())
     constant = rounding.sqrt_up(rounding.mul_up(columns, 1 + 1e-9))
@@ -173,6 +175,6 @@ def _require_images(node: Node, build: Builder) -> None:
         raise unsupported(node, "it needs the batch as its first axis")
 
 
-def _tuple(value: Any, dims: int) -> tuple[int, ...]:  # noqa: ANN401
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
     return tuple(int(v) for v in (values * dims if len(values) == 1 else values))

@@ -36,7 +36,7 @@ class Builder:
         self.steps.append(step)
         return len(self.steps) - 1
 
-    def source(self, argument: Any, node: Node) -> int:  # noqa: ANN401 - an argument of any kind
+    def source(self, argument: Any, node: Node) -> int:
         """The position of an argument that must depend on the inputs."""
         if not isinstance(argument, Ref):
             raise unsupported(node, "its first argument does not depend on the inputs")
@@ -66,7 +66,7 @@ class Builder:
         """Append `y = A x`."""
         return self.add(Linear((source,), linear.out_shape, label(node), linear))
 
-    def elementwise(self, node: Node, source: int, slopes: tuple[Tensor, Tensor], **kind: Any) -> int:  # noqa: ANN401
+    def elementwise(self, node: Node, source: int, slopes: tuple[Tensor, Tensor], **kind: Any) -> int:
         """Append a function of each element."""
         return self.add(Elementwise((source,), node.sample_shape, label(node), *slopes, **kind))
 
@@ -171,9 +171,7 @@ def program_of(graph: Graph) -> Program:
     return _without_unread(build.steps, [build.at[n] for n in graph.outputs], build.constants, origins)
 
 
-def _without_unread(
-    steps: list[Step], outputs: list[int], constants: dict[str, Tensor], origins: list[str]
-) -> Program:
+def _without_unread(steps: list[Step], outputs: list[int], constants: dict[str, Tensor], origins: list[str]) -> Program:
     """The program without steps (and constants) that no output depends on; inputs stay."""
     alive = set(outputs)
     for position in range(len(steps) - 1, -1, -1):
@@ -200,7 +198,7 @@ def references(node: Node) -> list[str]:
     """Names of the nodes that a node reads."""
     found: list[str] = []
 
-    def visit(argument: Any) -> None:  # noqa: ANN401
+    def visit(argument: Any) -> None:
         if isinstance(argument, Ref):
             found.append(argument.name)
         elif isinstance(argument, list | tuple):

@@ -99,7 +99,7 @@ def one_sample(node: Node, result: Tensor, size: int) -> Tensor:
     return rows[0] - 1
 
 
-def _run(operation: Node, build: Builder, values: dict[str, Tensor], node: Node) -> Any:  # noqa: ANN401
+def _run(operation: Node, build: Builder, values: dict[str, Tensor], node: Node) -> Any:
     """Run an operation on numbered elements, with zeros where it would fill in constants."""
     args = list(filled(operation.args, values, build.weights))
     kwargs = {k: filled(v, values, build.weights) for k, v in operation.kwargs.items() if k != "value"}
@@ -112,8 +112,6 @@ def _run(operation: Node, build: Builder, values: dict[str, Tensor], node: Node)
         return function(*args, **kwargs)
     except RuntimeError as problem:
         raise unsupported(node, f"it cannot be followed element by element ({problem})") from problem
-
-
 
 
 def broadcast(node: Node, build: Builder, x: Ref) -> int:
@@ -149,7 +147,9 @@ def cat(node: Node, build: Builder) -> int:
         values[part.name] = before.batched(torch.stack([first, first + total]).reshape(2, *before.sample_shape))
         start += size
     filled_parts = [
-        values[p.name] if isinstance(p, Ref) and p.name in values else torch.zeros(_shape(p, build), dtype=torch.float64)
+        values[p.name]
+        if isinstance(p, Ref) and p.name in values
+        else torch.zeros(_shape(p, build), dtype=torch.float64)
         for p in parts
     ]
     index = one_sample(node, node.function(filled_parts, *node.args[1:], **node.kwargs), total)
@@ -184,7 +184,7 @@ def _root(build: Builder, position: int) -> tuple[int, Tensor]:
     return position, torch.arange(step.size)
 
 
-def _shape(argument: Any, build: Builder) -> tuple[int, ...]:  # noqa: ANN401
+def _shape(argument: Any, build: Builder) -> tuple[int, ...]:
     if isinstance(argument, Weight):
         return tuple(build.weights[argument.name].shape)
     return build.graph[argument.name].shape

@@ -88,7 +88,7 @@ def divide(node: Node, build: Builder) -> int:
     return build.linear(node, source, Scale(flat, flat, build.constant(spread, "reciprocals"), 0, rounded=1))
 
 
-def _is_softsign(x: Any, divisor: Any, build: Builder) -> bool:  # noqa: ANN401
+def _is_softsign(x: Any, divisor: Any, build: Builder) -> bool:
     """Whether the quotient is `x / (|x| + 1)`, as torch exports Softsign."""
     plus = build.graph[divisor.name]
     if plus.op != "aten.add.Tensor" or plus.args[1] != 1 or plus.kwargs or not isinstance(plus.args[0], Ref):
