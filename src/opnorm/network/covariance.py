@@ -66,7 +66,8 @@ def forward(chain: Chain, choose: Chooser, *, slim: bool = False) -> Forward:
             cover = stage.apply(cover)
             continue
         spread = stage.spread.value
-        half = spread @ cover if passed else spread  # the inputs' cover is the identity
+        # The inputs' cover is the identity.
+        half = spread @ cover if passed else spread.expand(len(cover), -1, -1)
         b = _hermitian(half @ spread.mH)
         s = choose(number, stage, b)
         factor = torch.linalg.cholesky(torch.diag(s[stage.groups]).to(b.dtype) - b)
