@@ -250,7 +250,10 @@ def _certificate(program: Program, graph: Graph, best: _Candidate, remarks: list
     read = read_names(program)
     derived = {n: graph.weights[n].detach().to(torch.float64) for n in graph.derived if n in read}
     if derived:
-        remarks.append(f"computed from the weights and stored in the certificate: {', '.join(sorted(derived))}")
+        remarks.append(
+            f"{len(derived)} tensors that the model computes from its weights (parametrizations) are stored in the "
+            "certificate as they are; fold the model first to have them among its weights"
+        )
         program = Program(program.steps, program.outputs, {**program.constants, **derived})
     multipliers = tuple(s.detach() for s in best.found.multipliers)
     return NetworkCertificate(best.upper, best.calculus, program, multipliers, digests(program, graph.weights))

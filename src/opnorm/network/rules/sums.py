@@ -6,7 +6,7 @@ import torch
 
 from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.maps import Scale
-from opnorm.certificate.network.program import Sum
+from opnorm.certificate.network.program import Sum, slopes
 from opnorm.graph import Node, Ref, Weight
 from opnorm.network.rules.linear import scaled
 from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
@@ -55,9 +55,22 @@ def multiply(node: Node, build: Builder) -> int:
         return build.add(Sum((build.source(left, node),), node.sample_shape, label(node), (float(right),)))
     if isinstance(right, Weight):
         return scaled(node, build, left, right)
+    if isinstance(right, Ref) and right.name not in build.at:
+        return _times_label(node, build, left, right)
     positions = tuple(broadcast(node, build, a) for a in (left, right))
     reason = "a product of two varying tensors has unbounded slopes; give a region"
     return build.opaque(node, positions, float("inf"), reason, "multiply")
+
+
+def _times_label(node: Node, build: Builder, x: Ref, label_part: Ref) -> int:
+    """A product with the embedding of a label that is not varied: each factor is one of its column's entries."""
+    table = build.graph[label_part.name]
+    if table.op != "aten.embedding.default" or not isinstance(table.args[0], Weight):
+        raise unsupported(node, f"it multiplies with {table.place}, which depends on a label in a way that has no rule")
+    if table.sample_shape != build.shape(x):
+        raise unsupported(node, "the embedding and the tensor that it multiplies have different shapes")
+    rows = build.tensor(table.args[0])
+    return build.elementwise(node, build.source(x, node), slopes(rows.amin(0), rows.amax(0)))
 
 
 @register_rule("aten.div.Tensor", "aten.div.Scalar", "aten.div_.Tensor", "aten.div_.Scalar")
