@@ -14,20 +14,24 @@ if TYPE_CHECKING:
         checkpoint,
         errors,
         layers,
+        network,
         norms,
         operators,
         testing,
     )
     from opnorm._enclosure import Enclosure
     from opnorm.auditing import Report, audit
+    from opnorm.network import NetworkBound, lipschitz
     from opnorm.norms import norm
     from opnorm.rewrite import normalize_checkpoint, verify
 
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",
+    "NetworkBound": "opnorm.network",
     "Report": "opnorm.auditing",
     "audit": "opnorm.auditing",
+    "lipschitz": "opnorm.network",
     "norm": "opnorm.norms",
     "normalize_checkpoint": "opnorm.rewrite",
     "verify": "opnorm.rewrite",
@@ -37,6 +41,7 @@ _MODULES = frozenset(
         "checkpoint",
         "errors",
         "layers",
+        "network",
         "norms",
         "operators",
         "testing",
@@ -45,11 +50,14 @@ _MODULES = frozenset(
 
 __all__ = [
     "Enclosure",
+    "NetworkBound",
     "Report",
     "audit",
     "checkpoint",
     "errors",
     "layers",
+    "lipschitz",
+    "network",
     "norm",
     "normalize_checkpoint",
     "norms",
