@@ -30,7 +30,7 @@ class Triple(NamedTuple):
 
     sigma: Tensor  # shape: (blocks,)
     left: Tensor  # shape: (blocks, rows, rank)
-    right: Tensor  # shape: (blocks, columns * taps, rank)
+    right: Tensor | None  # shape: (blocks, columns * taps, rank); None: `left` is the direction itself
 
 
 def step(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
@@ -45,7 +45,7 @@ def step(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
     images = multiply(matrices, lifted)
     left = torch.cat([torch.linalg.qr(images[..., :width])[0], _unit(images[..., width:])], -1)
     pulled = multiply(matrices.mH, left)  # shape: (blocks, columns * taps, width + scouts)
-    rotation = _rotation(drop(view, pulled[..., :width], block.omega))
+    rotation = ritz_rotation(drop(view, pulled[..., :width], block.omega))
     main, left_main = pulled[..., :width] @ rotation, left[..., :width] @ rotation
     omega, scouts = block.omega, block.scouts
     if scouts.shape[-1]:
@@ -69,9 +69,10 @@ def step(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
     return Block(y, omega, scouts), Triple(lengths.amax((1, 2)), *_direction(top, lift(view, y[..., :1], omega)))
 
 
-def _rotation(y: Tensor) -> Tensor:
+def ritz_rotation(y: Tensor) -> Tensor:
     """The rotation of orthonormal left vectors that makes them Ritz vectors, the best first."""
-    unit = y / torch.where((scale := y.abs().amax((1, 2), keepdim=True)) > 0, scale, torch.ones_like(scale))
+    scale = y.abs().amax((1, 2), keepdim=True)
+    unit = y / torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.linalg.eigh(unit.mH @ unit)[1].flip(-1)
 
 
@@ -225,9 +226,9 @@ def start(view: View, matrices: Tensor, width: int) -> Block:
     real = matrices.real.dtype if matrices.is_complex() else matrices.dtype
     omega = torch.zeros(blocks, view.frequencies, dtype=real, device=matrices.device)
     if view.frequencies:
-        y = _random(matrices, (blocks, columns, width + len(view.grid(1))), complex_vectors=True)
+        y = random_like(matrices, (blocks, columns, width + len(view.grid(1))), as_complex=True)
         return Block(torch.linalg.qr(y[..., :width])[0], omega, _unit(y[..., width:]))
-    vector = _random(matrices, (blocks, columns, 1), complex_vectors=False)
+    vector = random_like(matrices, (blocks, columns, 1), as_complex=False)
     basis, image = [], []
     for _ in range(min(columns, rows, 32)):
         basis.append(_unit(vector))
@@ -301,11 +302,11 @@ def _tiny(like: Tensor) -> float:
     return torch.finfo(like.dtype).tiny
 
 
-def _random(like: Tensor, shape: tuple[int, ...], *, complex_vectors: bool) -> Tensor:
+def random_like(like: Tensor, shape: tuple[int, ...], *, as_complex: bool) -> Tensor:
     """Gaussian vectors that are the same in every process."""
     generator = torch.Generator().manual_seed(0)
     real = like.real.dtype if like.is_complex() else like.dtype
-    wanted = like.dtype if like.is_complex() else torch.promote_types(real, torch.complex64) if complex_vectors else real
+    wanted = like.dtype if like.is_complex() else torch.promote_types(real, torch.complex64) if as_complex else real
     if wanted.is_complex:
         pair = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
         return torch.complex(pair[0], pair[1]).to(like.device, wanted)
