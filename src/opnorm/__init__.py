@@ -11,16 +11,21 @@ if TYPE_CHECKING:
     from opnorm import errors, layers, norms, operators
     from opnorm._enclosure import Enclosure
     from opnorm.norms import norm
+    from opnorm.parametrize import fold, remove_spectral_norm, spectral_norm, update
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Enclosure": "opnorm._enclosure",
+    "fold": "opnorm.parametrize",
     "norm": "opnorm.norms",
+    "remove_spectral_norm": "opnorm.parametrize",
+    "spectral_norm": "opnorm.parametrize",
+    "update": "opnorm.parametrize",
 }
 _MODULES = frozenset({"errors", "layers", "norms", "operators"})
 
-__all__ = ["Enclosure", "errors", "layers", "norm", "norms", "operators"]
+__all__ = ["Enclosure", "errors", "fold", "layers", "norm", "norms", "operators", "remove_spectral_norm", "spectral_norm", "update"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of a lazily resolved name is declared above

@@ -5,7 +5,7 @@ the current left vectors see the largest gain, which is a trigonometric polynomi
 All of it is tensor operations without a decision on the host, so that accelerators do not wait.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -246,13 +246,11 @@ def start(view: View, matrices: Tensor, width: int) -> Block:
 def converge(view: View, matrices: Tensor, width: int, *, tolerance: float = 1e-4, most: int = 60) -> tuple[Block, Triple]:
     """Start afresh and iterate until the gain stops growing. Host decisions are free here: it runs once."""
     block = start(view, matrices, width)
-    for _ in range(8 if view.frequencies else 1):
-        block, best = step(view, matrices, block)
     if view.frequencies:
+        for _ in range(8):
+            block, _ = step(view, matrices, block)
         block = _climb(view, matrices, block)
-    for block, triple in iterate(view, matrices, block, tolerance=tolerance, most=most):
-        best = triple
-    return block, best
+    return iterate(lambda block: step(view, matrices, block), block, tolerance=tolerance, most=most)
 
 
 def _climb(view: View, matrices: Tensor, block: Block, starts: int = 8, steps: int = 8) -> Block:
@@ -281,17 +279,16 @@ def _climb(view: View, matrices: Tensor, block: Block, starts: int = 8, steps: i
 
 
 def iterate(
-    view: View, matrices: Tensor, block: Block, *, tolerance: float, most: int
-) -> Iterator[tuple[Block, Triple]]:
-    """Yield steps until the gain grows by less than a tenth of the tolerance."""
-    before = 0.0
-    for _ in range(most):
-        block, triple = step(view, matrices, block)
-        yield block, triple
-        now = float(triple.sigma.abs().amax())
-        if not now > before * (1 + tolerance / 10):
-            return
-        before = now
+    advance: Callable[[Block], tuple[Block, Triple]], block: Block, *, tolerance: float, most: int
+) -> tuple[Block, Triple]:
+    """Advance until the gain grows by less than a tenth of the tolerance, at least once."""
+    block, triple = advance(block)
+    for _ in range(most - 1):
+        before = triple.sigma
+        block, triple = advance(block)
+        if not bool((triple.sigma > before * (1 + tolerance / 10)).any()):
+            break
+    return block, triple
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -14,15 +14,15 @@ from opnorm.parametrize.blocks import Triple
 
 
 def inner(triple: Triple, matrices: Tensor) -> Tensor:
-    """Return `<G, W>` of each block, shape (blocks,): the gain that the triple sees, differentiable in the weight."""
-    if triple.right is None:
-        return (triple.left * matrices).sum((1, 2))
-    return (triple.left * (matrices @ triple.right)).sum((1, 2))
+    """Return `<G, W>`, in the shape of sigma: the gain that the triple sees, differentiable in the weight."""
+    along = matrices if triple.right is None else matrices.to(triple.left.dtype) @ triple.right
+    # As real numbers: the gain is real, and for a complex weight so is the derivative.
+    return shared((triple.left.conj() * along).sum((1, 2)).real, triple.sigma)
 
 
-def direction(triple: Triple) -> Tensor:
-    """Return G, shape (blocks, rows, columns * taps)."""
-    return triple.left if triple.right is None else triple.left @ triple.right.mT
+def shared(values: Tensor, sigma: Tensor) -> Tensor:
+    """Return the values of all blocks, summed where one sigma divides them all."""
+    return values if len(sigma) == len(values) else values.sum(0, keepdim=True)
 
 
 def composed(matrices: Tensor, triple: Triple, lipschitz: Tensor | float, clip: bool) -> Tensor:
@@ -69,13 +69,14 @@ class Divide(Function):
             return *torch.autograd.grad(value, matrices, gradient, create_graph=True), None, None, None, None
         scale = divisor(triple.sigma, lipschitz, clip).to(gradient.dtype)[:, None, None]
         result = gradient / scale
-        along = torch.linalg.vecdot(result.flatten(1), matrices.flatten(1))  # shape: (blocks,)
+        along = shared(torch.linalg.vecdot(result.flatten(1), matrices.flatten(1)), triple.sigma)
         weights = coefficient(triple.sigma, lipschitz, clip, along)
         return subtract_direction_(result, triple, weights), None, None, None, None
 
 
 def coefficient(sigma: Tensor, lipschitz: float, clip: bool, along: Tensor) -> Tensor:
     """`along / sigma` where the divisor moves with sigma, and 0 where it does not: zero or unclipped weights."""
+    along = along.to(sigma.dtype)
     active = sigma > (lipschitz if clip else 0.0)
     return torch.where(active, along / torch.where(active, sigma, torch.ones_like(sigma)), torch.zeros_like(sigma))
 

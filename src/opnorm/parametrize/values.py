@@ -35,6 +35,8 @@ def key(weight: Tensor, epoch: int) -> Key:
 def far(old: Key, new: Key) -> bool:
     """Whether a weight moved by more than half of its size: another weight, rather than a step of training."""
     before, after = old[-1], new[-1]
+    if before is None and after is None:
+        return False
     if not isinstance(before, tuple) or not isinstance(after, tuple) or len(before) != len(after):
         return True
     size = sum(x * x for x in before)

@@ -88,21 +88,19 @@ def matrix_view(rows: int, columns: int, *, blocks: int = 1, joint: bool = True,
     return View(Dense(torch.empty(rows, columns, device="meta")), blocks, joint, axis)
 
 
-def conv_view(operator: Conv | ConvTranspose) -> View:
-    """Return the view of a convolution, from its operator."""
-    transposed = isinstance(operator, ConvTranspose)
+def conv_view(operator: Conv | ConvTranspose, *, sampled: bool = False) -> View:
+    """Return the view of a convolution; `sampled` where it is to be applied to samples."""
     conv = operator.conv if isinstance(operator, ConvTranspose) else operator
-    template = with_weight(operator, conv.weight.to("meta"))
-    if conv.mode in {"reflect", "replicate"}:
+    template = with_weight(operator, torch.empty(conv.weight.shape, dtype=conv.weight.dtype, device="meta"))
+    if sampled:
         return View(template, conv.groups, sampled=True)
-    if prod(conv.kernel) == 1 and (conv.spatial is None or prod(conv.stride) == 1):
+    if prod(conv.kernel) == 1:
         return View(template, conv.groups)
     taps = list(product(*(range(k) for k in conv.kernel)))
     positions = tuple(tuple(d * j for d, j in zip(conv.dilation, tap, strict=True)) for tap in taps)
     classes = [tuple(p % s for p, s in zip(position, conv.stride, strict=True)) for position in positions]
     index = {residue: i for i, residue in enumerate(dict.fromkeys(classes))}
-    torus = None if operator.spatial is None and not transposed else _torus(conv)
-    return View(template, conv.groups, True, 0, positions, tuple(index[c] for c in classes), torus)
+    return View(template, conv.groups, True, 0, positions, tuple(index[c] for c in classes), _torus(conv))
 
 
 def _torus(conv: Conv) -> Axes | None:

@@ -1,0 +1,70 @@
+"""The estimate and the deployed weight as opaque operations, so that `torch.compile(fullgraph=True)` has one graph.
+
+Whether a weight is new can only be told when the graph runs. The operations find their parametrization by a number,
+as a graph cannot hold the object itself.
+"""
+
+from itertools import count
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from opnorm.errors import OpnormError
+from opnorm.parametrize.values import compute_dtype
+
+if TYPE_CHECKING:
+    from opnorm.parametrize.spectral import SpectralNormalization
+
+_owners: "WeakValueDictionary[int, SpectralNormalization]" = WeakValueDictionary()
+_numbers = count()
+
+
+def enrol(owner: "SpectralNormalization") -> int:
+    """Return a number by which compiled graphs of this process find a parametrization."""
+    number = next(_numbers)
+    _owners[number] = owner
+    return number
+
+
+def _owner(number: int) -> "SpectralNormalization":
+    try:
+        return _owners[number]
+    except KeyError:
+        raise OpnormError(
+            "a compiled graph outlived the normalised layer it was made for; export opnorm.fold(model) instead, whose "
+            "weights are plain"
+        ) from None
+
+
+@torch.library.custom_op("opnorm::triple", mutates_args=())
+def triple(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The gain, left and right vectors of the training estimate, refreshed when the weight is new."""
+    found = _owner(number).triple(weight)
+    right = weight.new_empty(0) if found.right is None else found.right.clone()
+    return found.sigma.clone(), found.left.clone(), right
+
+
+@triple.register_fake
+def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    view = _owner(number).view
+    dtype = compute_dtype(weight)
+    blocks, rows, columns = view.blocks, weight.shape[view.axis] // view.blocks, 0
+    columns = weight.numel() // (blocks * rows)
+    sigma = weight.new_empty(blocks, dtype=dtype.to_real())
+    if view.sampled:
+        return sigma, weight.new_empty(blocks, rows, columns, dtype=dtype), weight.new_empty(0)
+    rank = 2 if view.frequencies else 1
+    return sigma, weight.new_empty(blocks, rows, rank, dtype=dtype), weight.new_empty(blocks, columns, rank, dtype=dtype)
+
+
+@torch.library.custom_op("opnorm::deployed", mutates_args=())
+def deployed(weight: Tensor, number: int, scale: Tensor | None) -> Tensor:
+    """The proved weight, computed when the raw one is new."""
+    return _owner(number).deployed(weight, scale).clone()
+
+
+@deployed.register_fake
+def _(weight: Tensor, number: int, scale: Tensor | None) -> Tensor:
+    return torch.empty_like(weight)
