@@ -66,7 +66,7 @@ def step(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
     order = lengths.argsort(-1, descending=True).expand_as(y)
     y = y.gather(-1, order)[..., :width]
     top = _take(left_main, lengths.argmax(-1, keepdim=True))
-    return Block(y, omega, scouts), Triple(lengths.amax((1, 2)), *_direction(top, lift(view, y[..., :1], omega)))
+    return Block(y, omega, scouts), Triple(lengths.amax((1, 2)), *_direction(top, lift(view, y[..., :1], omega), matrices))
 
 
 def ritz_rotation(y: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ def _take(columns: Tensor, index: Tensor) -> Tensor:
     return columns.gather(-1, index.expand(-1, columns.shape[1], 1))
 
 
-def _direction(left: Tensor, lifted: Tensor) -> tuple[Tensor, Tensor]:
+def _direction(left: Tensor, lifted: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
     """`Re(left^H W lifted)` as an inner product with a real weight of rank two, or of rank one for real vectors."""
-    if not lifted.is_complex():
+    if lifted.is_complex() == matrices.is_complex():
         return left, lifted
     return torch.cat([left.real, left.imag], -1), torch.cat([lifted.real, lifted.imag], -1)
 

@@ -86,9 +86,11 @@ class NormalizedWeight(Tensor):
         name = getattr(func, "__name__", "")
         first = args[0] if args and isinstance(args[0], NormalizedWeight) else None
         if first is not None:
-            if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+            if func is Tensor.__deepcopy__:  # recurrent layers keep a list of their weights
+                return first.materialised().detach().clone()
+            if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return first.viewed(Tensor.detach, (), {})
-            if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
                 return _write(first, Tensor.copy_, args[1:], {})
             if name in _VIEWS and (name == "detach" or not torch.is_grad_enabled()):
                 return first.viewed(func, args[1:], kwargs)
@@ -135,14 +137,14 @@ def _write(weight: NormalizedWeight, func: Any, args: tuple[Any, ...], kwargs: d
         func(weight._raw.detach(), *args, **kwargs)
     root = weight._root
     root._written, root._value = True, None
-    root._owner.written()
+    root._owner.renew()
     return weight
 
 
 def _mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def mark(weight: NormalizedWeight) -> NormalizedWeight:
         weight._root._written, weight._root._value = True, None
-        weight._root._owner.written()
+        weight._root._owner.renew()
         return weight
 
     tree_map_only(NormalizedWeight, mark, (args, kwargs))

@@ -2,10 +2,12 @@
 
 import json
 import warnings
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
@@ -23,6 +25,11 @@ WIDTH = 8
 
 ADAPTIVE_TOLERANCE = 1e-4
 ADAPTIVE_MOST = 24
+
+
+def _no_transforms() -> AbstractContextManager[None]:
+    """Values are computed outside the transforms of torch.func, which would wrap them."""
+    return temporarily_clear_interpreter_stack()
 
 
 class SpectralNormalization(nn.Module):
@@ -167,14 +174,19 @@ class SpectralNormalization(nn.Module):
         if self._triple is not None and key == self._key:
             return self._triple
         dtype = values.compute_dtype(weight)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            raw = weight.detach().to(dtype)
-            afresh = self._triple is None or self._key is None or self.y is None or values.far(self._key, key)
-            block, triple = self._converged(raw) if afresh else self._advanced(raw, dtype)
-        if not bool(torch.isfinite(triple.sigma).all()):
-            # Nothing is learned from a broken weight; the next value starts afresh.
-            self._key = None
-            return self._triple or triple
+        afresh = self._triple is None or self._key is None or self.y is None or values.far(self._key, key)
+        try:
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
+                raw = weight.detach().to(dtype)
+                block, triple = self._converged(raw) if afresh else self._advanced(raw, dtype)
+                broken = not bool(torch.isfinite(triple.sigma).all())
+        except torch.linalg.LinAlgError:
+            broken = True
+        if broken:
+            self._key = None  # nothing is learned from a broken weight, and the next value starts afresh
+            if self._triple is None:
+                raise WeightError(f"{self.label} holds NaN or infinite values, so it has no norm to divide by")
+            return self._triple
         self._store(block)
         self._key, self._triple = key, self._joined(triple)
         return self._triple
@@ -236,7 +248,8 @@ class SpectralNormalization(nn.Module):
             if self._stored[3].device == weight.device and values.fingerprint(weight) == self._stored[1]:
                 self._stored, self._verify = (key, *self._stored[1:]), False
                 return self._stored[3]
-        result = deploy(self.view, weight, lipschitz, self.mode, self.label)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
+            result = deploy(self.view, weight, lipschitz, self.mode, self.label)
         self._stored, self._verify = (key, values.fingerprint(weight), lipschitz, result), False
         return result
 

@@ -52,9 +52,9 @@ class View:
         return len(self.positions[0])
 
     def grid(self, per_tap: int) -> Tensor:
-        """Return frequencies that cover half of what differs (kernels are real), shape (count, axes)."""
+        """Return frequencies that cover what differs, for a real kernel half of it, shape (count, axes)."""
         strides = getattr(getattr(self.template, "conv", self.template), "stride", ())
-        return _grid(tuple(max(axis) for axis in zip(*self.positions, strict=True)), tuple(strides), per_tap)
+        return _grid(tuple(max(axis) for axis in zip(*self.positions, strict=True)), tuple(strides), per_tap, half=not self.template.dtype.is_complex)
 
     def matrices(self, weight: Tensor) -> Tensor:
         """Return the weight as (blocks, rows, columns * taps)."""
@@ -114,11 +114,11 @@ def _torus(conv: Conv) -> Axes | None:
 
 
 @lru_cache(maxsize=64)
-def _grid(spans: Axes, strides: Axes, per_tap: int) -> Tensor:
+def _grid(spans: Axes, strides: Axes, per_tap: int, *, half: bool) -> Tensor:
     """A frequency and its shift by a multiple of 2 pi / stride are the same map, up to a rotation."""
     steps = []
     for span, stride in zip(spans, strides, strict=True):
         count = min(max(2, per_tap * -(-(span + 1) // stride) + 1), 16)
         steps.append([2 * pi * i / (stride * count) for i in range(count)])
-    half = [row[: len(row) // 2 + 1] if axis == 0 else row for axis, row in enumerate(steps)]
-    return torch.tensor(list(product(*half)), dtype=torch.float64).reshape(-1, len(spans))
+    kept = [row[: len(row) // 2 + 1] if half and axis == 0 else row for axis, row in enumerate(steps)]
+    return torch.tensor(list(product(*kept)), dtype=torch.float64).reshape(-1, len(spans))
