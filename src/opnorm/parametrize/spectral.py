@@ -11,7 +11,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
-from opnorm.parametrize import blocks, compiled, sampled, values
+from opnorm.parametrize import blocks, compiled, frequencies, sampled, values
 from opnorm.parametrize.blocks import Block, Triple
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import Divide, ScaledLinear, composed
@@ -21,7 +21,10 @@ from opnorm.parametrize.views import View
 Iterations = int | Literal["adaptive"]
 
 WIDTH = 8
-"""Vectors in the block: at one iteration a step, 8 follow a weight ten times closer than one."""
+"""Vectors in the block of a matrix: at one iteration a step, 8 follow a weight ten times closer than one."""
+
+CONV_WIDTH = 3
+"""Vectors at the frequency of a convolution, which scouts at other frequencies add to."""
 
 ADAPTIVE_TOLERANCE = 1e-4
 ADAPTIVE_MOST = 24
@@ -62,7 +65,7 @@ class SpectralNormalization(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._epoch = 0
+        self._epoch = self._turn = 0
         self._key: values.Key | None = None
         self._triple: Triple | None = None
         self._stored: tuple[values.Key, tuple[int, ...], float, Tensor] | None = None
@@ -192,8 +195,10 @@ class SpectralNormalization(nn.Module):
         return self._triple
 
     def _converged(self, raw: Tensor) -> tuple[Block, Triple]:
+        if self.view.frequencies:
+            return frequencies.converge(self.view, self.view.matrices(raw), CONV_WIDTH)
         if not self.view.sampled:
-            return blocks.converge(self.view, self.view.matrices(raw), WIDTH)
+            return blocks.converge(self.view.matrices(raw), WIDTH)
         block = sampled.start(self.view, raw, WIDTH)
         return blocks.iterate(lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=100)
 
@@ -210,7 +215,11 @@ class SpectralNormalization(nn.Module):
     def _step(self, raw: Tensor, block: Block) -> tuple[Block, Triple]:
         if self.view.sampled:
             return sampled.step(self.view, raw, block)
-        return blocks.step(self.view, self.view.matrices(raw), block)
+        matrices = self.view.matrices(raw)
+        if self.view.frequencies:
+            self._turn += 1
+            return frequencies.step(self.view, matrices, block, self._turn)
+        return blocks.step(matrices, block)
 
     def _joined(self, triple: Triple) -> Triple:
         """Where the norm is the largest of the blocks', only the largest block's triple counts."""

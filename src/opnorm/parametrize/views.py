@@ -1,9 +1,8 @@
 """How a stored weight is read as a linear map: blocks of matrices, each acting at one frequency."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
-from math import pi, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -51,10 +50,11 @@ class View:
         """Number of axes on which the map varies with the frequency."""
         return len(self.positions[0])
 
-    def grid(self, per_tap: int) -> Tensor:
-        """Return frequencies that cover what differs, for a real kernel half of it, shape (count, axes)."""
-        strides = getattr(getattr(self.template, "conv", self.template), "stride", ())
-        return _grid(tuple(max(axis) for axis in zip(*self.positions, strict=True)), tuple(strides), per_tap, half=not self.template.dtype.is_complex)
+    @property
+    def strides(self) -> Axes:
+        """Per axis on which the map varies with the frequency."""
+        conv = self.template.conv if isinstance(self.template, ConvTranspose) else self.template
+        return conv.stride if isinstance(conv, Conv) and self.frequencies else ()
 
     def matrices(self, weight: Tensor) -> Tensor:
         """Return the weight as (blocks, rows, columns * taps)."""
@@ -111,14 +111,3 @@ def _torus(conv: Conv) -> Axes | None:
         return tuple(conv.spatial)
     axes = zip(conv.spatial, conv.reach, conv.padding, conv.stride, strict=True)
     return tuple(-(-(n + max(reach, *pad)) // s) * s for n, reach, pad, s in axes)
-
-
-@lru_cache(maxsize=64)
-def _grid(spans: Axes, strides: Axes, per_tap: int, *, half: bool) -> Tensor:
-    """A frequency and its shift by a multiple of 2 pi / stride are the same map, up to a rotation."""
-    steps = []
-    for span, stride in zip(spans, strides, strict=True):
-        count = min(max(2, per_tap * -(-(span + 1) // stride) + 1), 16)
-        steps.append([2 * pi * i / (stride * count) for i in range(count)])
-    kept = [row[: len(row) // 2 + 1] if half and axis == 0 else row for axis, row in enumerate(steps)]
-    return torch.tensor(list(product(*kept)), dtype=torch.float64).reshape(-1, len(spans))
