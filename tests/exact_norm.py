@@ -1,4 +1,4 @@
-"""Spectral norms of small matrices decided in integers, for the tests of everything that must hold without tolerance."""
+"""Spectral norms of small matrices decided in integers, for tests of what must hold without tolerance."""
 
 import math
 from fractions import Fraction

@@ -7,28 +7,91 @@ help, does not import torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from opnorm import errors, layers, norms, operators
-    from opnorm._enclosure import Enclosure
-    from opnorm.norms import norm
-    from opnorm.parametrize import fold, remove_spectral_norm, spectral_norm, update
+from opnorm._version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from opnorm import (
+        checkpoint,
+        errors,
+        layers,
+        norms,
+        operators,
+        testing,
+    )
+    from opnorm._enclosure import Enclosure
+    from opnorm.auditing import Report, audit
+    from opnorm.norms import norm
+    from opnorm.parametrize import (
+        Coverage,
+        Monitor,
+        Projector,
+        convert,
+        coverage,
+        fold,
+        normalize,
+        remove_spectral_norm,
+        spectral_norm,
+        update,
+    )
+    from opnorm.rewrite import normalize_checkpoint, verify
+
 
 _HOME = {
+    "Coverage": "opnorm.parametrize",
     "Enclosure": "opnorm._enclosure",
+    "Monitor": "opnorm.parametrize",
+    "Projector": "opnorm.parametrize",
+    "Report": "opnorm.auditing",
+    "audit": "opnorm.auditing",
+    "convert": "opnorm.parametrize",
+    "coverage": "opnorm.parametrize",
     "fold": "opnorm.parametrize",
     "norm": "opnorm.norms",
+    "normalize": "opnorm.parametrize",
+    "normalize_checkpoint": "opnorm.rewrite",
     "remove_spectral_norm": "opnorm.parametrize",
     "spectral_norm": "opnorm.parametrize",
     "update": "opnorm.parametrize",
+    "verify": "opnorm.rewrite",
 }
-_MODULES = frozenset({"errors", "layers", "norms", "operators"})
+_MODULES = frozenset(
+    {
+        "checkpoint",
+        "errors",
+        "layers",
+        "norms",
+        "operators",
+        "testing",
+    }
+)
 
-__all__ = ["Enclosure", "errors", "fold", "layers", "norm", "norms", "operators", "remove_spectral_norm", "spectral_norm", "update"]
+__all__ = [
+    "Coverage",
+    "Enclosure",
+    "Monitor",
+    "Projector",
+    "Report",
+    "audit",
+    "checkpoint",
+    "convert",
+    "coverage",
+    "errors",
+    "fold",
+    "layers",
+    "norm",
+    "normalize",
+    "normalize_checkpoint",
+    "norms",
+    "operators",
+    "remove_spectral_norm",
+    "spectral_norm",
+    "testing",
+    "update",
+    "verify",
+]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of a lazily resolved name is declared above
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"opnorm.{name}")
     if name in _HOME:

@@ -90,9 +90,7 @@ class Enclosure:
 
     def scaled(self, factor: float) -> "Enclosure":
         """The enclosure of `factor` times the number, for an exact `factor >= 0`, rounded outward."""
-        return replace(
-            self, lower=rounding.mul_down(self.lower, factor), upper=rounding.mul_up(self.upper, factor)
-        )
+        return replace(self, lower=rounding.mul_down(self.lower, factor), upper=rounding.mul_up(self.upper, factor))
 
     def meet(self, other: "Enclosure") -> "Enclosure":
         """The best ends of two enclosures of the same number; the upper end keeps the method that gave it.

@@ -42,4 +42,8 @@ class CheckpointError(OpnormError, ValueError):
 
 
 class CertificateError(OpnormError, ValueError):
-    """A certificate does not hold for these weights, or is malformed."""
+    """A certificate does not hold for these weights; the message names the tensor and says why."""
+
+
+class CertificateFormatError(CertificateError):
+    """A certificate could not be read: it is malformed, of another version, or was changed after it was written."""

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from exact_norm import enclose_exactly, norm_at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exact_norm import enclose_exactly, norm_at_most
 from opnorm import Enclosure
 from opnorm.errors import ArgumentError, ArithmeticModeError, WeightError
 from opnorm.norms.casting import scale_to_bound

@@ -8,6 +8,7 @@ without fused multiply-add, and for triangular solves by substitution.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ def eigenvalue_floor(matrix: Tensor) -> Tensor:
     Returns:
         float64, shape (...).
     """
+    return factor_with_floor(matrix)[1]
+
+
+def factor_with_floor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factor L beside `eigenvalue_floor`; where that is -inf the factor means nothing."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     n = matrix.shape[-1]
     # Two roundings more than the theorem's n + 1 leave room for a division done as a product with a reciprocal.
@@ -40,7 +46,7 @@ def eigenvalue_floor(matrix: Tensor) -> Tensor:
         # Accelerators invert diagonal blocks instead of substituting: the residual is measured, not assumed.
         loss = loss * 2 + _residual_norm(matrix, factor)
     good = (info == 0) & torch.isfinite(loss)
-    return torch.where(good, -loss, torch.full_like(loss, -math.inf))
+    return factor, torch.where(good, -loss, torch.full_like(loss, -math.inf))
 
 
 def squared_frobenius_above(matrix: Tensor) -> Tensor:
@@ -48,14 +54,16 @@ def squared_frobenius_above(matrix: Tensor) -> Tensor:
     parts = torch.view_as_real(matrix).flatten(-2) if matrix.is_complex() else matrix
     total = torch.linalg.vector_norm(parts, dim=(-2, -1)).square()
     terms = parts.shape[-1] * parts.shape[-2]
-    return total * (1 + rounding.gamma(terms + 8)) * (1 + 4 * rounding.U)
+    above: Tensor = total * (1 + rounding.gamma(terms + 8)) * (1 + 4 * rounding.U)
+    return above
 
 
 def _residual_norm(matrix: Tensor, factor: Tensor) -> Tensor:
-    """An upper bound of what `fl(A - L L^H)` measures of the Hermitian residual; its own rounding is in the caller's."""
+    """An upper bound of what `fl(A - L L^H)` measures of the Hermitian residual; its own rounding is the caller's."""
     lower = torch.tril(matrix - factor @ factor.mH)
     row_sums = lower.abs().sum(-1) + lower.abs().sum(-2)
-    return row_sums.amax(-1) * (1 + rounding.gamma(2 * matrix.shape[-1] + 16))
+    bound: Tensor = row_sums.amax(-1) * (1 + rounding.gamma(2 * matrix.shape[-1] + 16))
+    return bound
 
 
 def require_ieee_arithmetic() -> None:
@@ -72,8 +80,17 @@ def require_ieee_arithmetic() -> None:
         )
 
 
-def block_tridiagonal_floor(diagonal: Iterable[Tensor], below: Iterable[Tensor]) -> float:
-    """Return a proved lower bound of the smallest eigenvalue of a block-tridiagonal matrix; -inf if Cholesky fails.
+@dataclass(frozen=True, eq=False)
+class BlockFactor:
+    """The Cholesky factor of a block-tridiagonal matrix and what it proves of the smallest eigenvalue."""
+
+    diagonal: list[Tensor]  # lower triangular, shape: (n_i, n_i)
+    below: list[Tensor]  # shape: (n_{i+1}, n_i)
+    floor: float
+
+
+def factor_block_tridiagonal(diagonal: Iterable[Tensor], below: Iterable[Tensor]) -> BlockFactor | None:
+    """Factor a Hermitian block-tridiagonal matrix and bound its smallest eigenvalue; None if Cholesky fails.
 
     The same lemma: an entry of `L L^H` sums over two block columns at most, so the constant counts their width only.
 
@@ -81,25 +98,25 @@ def block_tridiagonal_floor(diagonal: Iterable[Tensor], below: Iterable[Tensor])
         diagonal: Hermitian blocks, each of shape (n_i, n_i), float64 or complex128, scaled to the order of one.
         below: the blocks under them, shape (n_{i+1}, n_i); one less.
     """
-    blocks, couplings = iter(diagonal), iter(below)
-    current = next(blocks)
-    energy, size, widest, largest = 0.0, 0, 0, 0.0
-    while True:
-        factor, info = torch.linalg.cholesky_ex(current)
+    factors: list[Tensor] = []
+    couplings: list[Tensor] = []
+    energy, largest, offered = 0.0, 0.0, iter(below)
+    for block in diagonal:
+        largest = max(largest, float(block.diagonal().abs().max()))
+        if factors:
+            coupling = torch.linalg.solve_triangular(factors[-1].mH, next(offered), upper=True, left=False)
+            couplings.append(coupling)
+            energy = rounding.add_up(energy, float(squared_frobenius_above(coupling)))
+            block = block - coupling @ coupling.mH  # noqa: PLW2901 - the Schur complement takes its place
+        factor, info = torch.linalg.cholesky_ex(block)
         if int(info) != 0:
-            return -math.inf
-        largest = max(largest, float(current.diagonal().abs().max()))
+            return None
+        factors.append(factor)
         energy = rounding.add_up(energy, float(squared_frobenius_above(factor)))
-        size, widest = size + factor.shape[0], max(widest, factor.shape[0])
-        following = next(blocks, None)
-        if following is None:
-            break
-        coupling = torch.linalg.solve_triangular(factor.mH, next(couplings), upper=True, left=False)
-        energy = rounding.add_up(energy, float(squared_frobenius_above(coupling)))
-        current = following - coupling @ coupling.mH
-        largest = max(largest, float(following.diagonal().abs().max()))
+    widest = max(factor.shape[0] for factor in factors)
     terms = 2 * widest + 8
-    constant = rounding.mul_up(SQRT2, rounding.gamma(2 * terms)) if factor.is_complex() else rounding.gamma(terms)
-    underflow = rounding.mul_up(16.0 * size * widest * (1 + largest), rounding.TINY)
+    complex_ = factors[0].is_complex()
+    constant = rounding.mul_up(SQRT2, rounding.gamma(2 * terms)) if complex_ else rounding.gamma(terms)
+    underflow = rounding.mul_up(16.0 * len(factors) * widest * widest * (1 + largest), rounding.TINY)
     loss = rounding.add_up(rounding.mul_up(constant, energy), underflow)
-    return -loss if math.isfinite(loss) else -math.inf
+    return BlockFactor(factors, couplings, -loss) if math.isfinite(loss) else None

@@ -46,8 +46,12 @@ def _scale(name: str, module: _BatchNorm | _InstanceNorm, variance: Tensor) -> T
     spread = check_weight(variance, f"{name}: running_var").double() + module.eps
     if not bool((spread > 0).all()):
         raise WeightError(f"{name}: running_var + eps is not positive, so the layer divides by zero or by NaN")
-    gain = torch.ones_like(spread) if module.weight is None else read_weight(module).double()
-    return gain / spread.sqrt()
+    affine = getattr(module, "weight", None) is not None
+    gain = read_weight(module).double() if affine else torch.ones_like(spread)
+    scale = gain / spread.sqrt()
+    if bool(((scale.abs() < rounding.TINY) & (gain != 0)).any()):
+        raise WeightError(f"{name}: weight / sqrt(running_var + eps) is too small for float64; scale the weight up")
+    return check_weight(scale, f"{name}: weight / sqrt(running_var + eps)")
 
 
 @register_layer(nn.LayerNorm)

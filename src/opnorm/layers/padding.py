@@ -1,5 +1,6 @@
 """Padding layers: every result is one sample of the input, or nothing."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -44,7 +45,7 @@ def padding(mode: str, dims: int, module: nn.Module, input_shape: Shape | None) 
     return Separable.from_rows(input_shape[0], axes)
 
 
-def _samples(n: int, width: tuple[int, int], mode: str) -> list[Row]:
+def _samples(n: int, width: tuple[int, int], mode: str) -> Sequence[Row]:
     """Rows with a one where torch takes the sample from, and empty rows for zeros."""
     positions = torch.arange(1.0, n + 1, dtype=torch.float64).reshape(1, 1, n)
     taken = F.pad(positions, width, mode=mode).flatten().int().tolist()

@@ -1,5 +1,6 @@
 """Average pooling: a mean over windows, axis by axis."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -56,7 +57,7 @@ def adaptive_avg_pool(dims: int, module: AdaptiveAvgPool, input_shape: Shape | N
     return Separable.from_rows(input_shape[0], axes)
 
 
-def _windows(n: int, window: tuple[int, int, int], ceil: bool, count_padding: bool | None) -> list[Row]:
+def _windows(n: int, window: tuple[int, int, int], ceil: bool, count_padding: bool | None) -> Sequence[Row]:
     """Rows of the mean over windows, as torch places and counts them; `count_padding=None` leaves a plain sum."""
     k, s, p = window
     outputs = (n + 2 * p - k + (s - 1 if ceil else 0)) // s + 1
@@ -71,7 +72,7 @@ def _windows(n: int, window: tuple[int, int, int], ceil: bool, count_padding: bo
     return rows
 
 
-def _shares(n: int, outputs: int) -> list[Row]:
+def _shares(n: int, outputs: int) -> Sequence[Row]:
     """Rows of the mean over the windows from floor(i n / outputs) to ceil((i + 1) n / outputs)."""
     windows = [range(i * n // outputs, -(-(i + 1) * n // outputs)) for i in range(outputs)]
     return [dict.fromkeys(window, Fraction(1, len(window))) for window in windows]

@@ -84,6 +84,7 @@ def container(module: nn.Module, input_shape: Shape | None) -> LinearOperator:
     )
 
 
+_cls: type[nn.Module]
 for _cls in (*_ACTIVATIONS, *_POOLING):
     register_layer(_cls)(not_linear)
 for _cls in SEVERAL:

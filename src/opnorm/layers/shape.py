@@ -62,12 +62,13 @@ def unflatten(module: nn.Unflatten, input_shape: Shape | None) -> Reordering:
         UnsupportedLayerError: if the axis is named, or is that of the batch.
         InputShapeError: if `input_shape` does not have the axis, or its size does not fit.
     """
-    if not isinstance(module.dim, int) or module.dim == 0:
-        raise UnsupportedLayerError(f"Unflatten of the axis {module.dim!r} has no rule; give the axis as a number >= 1")
+    dim: int | str = vars(module)["dim"]  # torch takes names as well, and declares numbers only
+    if not isinstance(dim, int) or dim == 0:
+        raise UnsupportedLayerError(f"Unflatten of the axis {dim!r} has no rule; give the axis as a number >= 1")
     if input_shape is None:
         return Isometry(1)
-    axis = _axis("Unflatten", module.dim, input_shape)
-    sizes = [int(n) for n in module.unflattened_size]  # type: ignore[arg-type] # ints, or pairs with a name
+    axis = _axis("Unflatten", dim, input_shape)
+    sizes = [int(n) for n in module.unflattened_size]
     known = prod(n for n in sizes if n != -1)
     filled = [input_shape[axis] // max(known, 1) if n == -1 else n for n in sizes]
     if prod(filled) != input_shape[axis]:

@@ -1,5 +1,6 @@
 """Upsampling: interpolation axis by axis, with the weights that torch's formulas have in exact arithmetic."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from math import floor, prod
 
@@ -43,7 +44,7 @@ def upsample(module: nn.Upsample, input_shape: Shape | None) -> LinearOperator:
     return Separable.from_rows(input_shape[0], list(zip(rows, sizes, strict=True)))
 
 
-def _rows(n: int, target: float | None, scale: float | None, module: nn.Upsample) -> list[Row]:
+def _rows(n: int, target: float | None, scale: float | None, module: nn.Upsample) -> Sequence[Row]:
     """The rows for one axis of n samples."""
     recompute = bool(module.recompute_scale_factor)
     outputs = floor(n * scale) if scale is not None else int(target or 0)
@@ -64,7 +65,7 @@ def _spread(value: object, dims: int) -> tuple[float | None, ...]:
     return (value,) * dims  # type: ignore[return-value] # a number or None
 
 
-def _nearest(n: int, outputs: int, scale: float | None, mode: str) -> list[Row]:
+def _nearest(n: int, outputs: int, scale: float | None, mode: str) -> Sequence[Row]:
     """Rows with a one where torch takes the sample from."""
     positions = torch.arange(n, dtype=torch.float64).reshape(1, 1, n)
     if scale is None:
@@ -83,7 +84,7 @@ def _positions(n: int, outputs: int, scale: float | None, align: bool) -> list[F
     return [step * (i + Fraction(1, 2)) - Fraction(1, 2) for i in range(outputs)]
 
 
-def _linear(n: int, outputs: int, scale: float | None, align: bool) -> list[Row]:
+def _linear(n: int, outputs: int, scale: float | None, align: bool) -> Sequence[Row]:
     """Rows with the two weights of linear interpolation."""
     if outputs == n:  # torch copies, whatever the scale factor
         return [{i: Fraction(1)} for i in range(n)]
@@ -96,7 +97,7 @@ def _linear(n: int, outputs: int, scale: float | None, align: bool) -> list[Row]
     return rows
 
 
-def _cubic(n: int, outputs: int, scale: float | None, align: bool) -> list[Row]:
+def _cubic(n: int, outputs: int, scale: float | None, align: bool) -> Sequence[Row]:
     """Rows with the four weights of cubic convolution; samples beyond the border are those at the border."""
     rows = []
     for position in _positions(n, outputs, scale, align):
@@ -118,10 +119,10 @@ def _cubic_weight(distance: Fraction) -> Fraction:
 
 def _every_size(name: str, module: nn.Upsample) -> Isometry:
     """Each sample repeated a fixed number of times in each of a known number of axes."""
-    given = module.scale_factor
-    plane = isinstance(module, nn.UpsamplingNearest2d) and given is not None
-    scales = (given, given) if plane and not isinstance(given, tuple) else given
+    known = 2 if isinstance(module, nn.UpsamplingNearest2d) else 0
+    given = module.scale_factor if isinstance(module.scale_factor, tuple) else (module.scale_factor,) * known
     # torch computes positions in float32, which is exact for powers of two.
-    if module.mode in {"nearest", "nearest-exact"} and isinstance(scales, tuple) and set(scales) <= {1, 2, 4, 8, 16}:
-        return Isometry(int(prod(scales)))
+    repeats = [scale for scale in (1, 2, 4, 8, 16) for wanted in given if wanted == scale]
+    if module.mode in {"nearest", "nearest-exact"} and given and len(repeats) == len(given):
+        return Isometry(prod(repeats))
     refuse_missing(name, "how often it takes a sample, and with what weight", "input_shape=(channels, *sizes)")

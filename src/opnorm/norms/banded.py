@@ -1,6 +1,5 @@
 """Convolutions by a block-banded Cholesky factorisation over the rows of the image: tight where dense is too large."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,20 +8,20 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
-from opnorm.certificate.posdef import block_tridiagonal_floor, require_ieee_arithmetic
+from opnorm.certificate.posdef import BlockFactor, factor_block_tridiagonal, require_ieee_arithmetic
 from opnorm.errors import ArgumentError
 from opnorm.norms.attained import attained
+from opnorm.norms.closing import Factored, close_in
 from opnorm.norms.lanczos import lanczos
 from opnorm.norms.materialised import matrix_of
 from opnorm.norms.memory import require_memory
 from opnorm.norms.scaling import normalised
 from opnorm.operators import Conv, ConvTranspose, Dense
 
-_STEPS = 220
-_ATTEMPTS = 8
+_STEPS = 48
 
 
-def banded_norm(conv: Conv, *, rtol: float) -> Enclosure:
+def banded_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     """Enclose the norm of a convolution at its input size by one banded factorisation, with proof.
 
     Two rows of the image are coupled in `T^H T` only within the reach of the kernel, so with the rows gathered in
@@ -30,15 +29,20 @@ def banded_norm(conv: Conv, *, rtol: float) -> Enclosure:
     `channels * reach * width` numbers.
 
     Args:
-        conv: ungrouped, any stride and dilation; zero, reflect or replicate padding.
+        operator: ungrouped, any stride and dilation; zero, reflect or replicate padding; a transposed one by the
+            convolution that it is the adjoint of.
         rtol: target for the gap.
 
     Raises:
-        ArgumentError: for groups, or for circular padding, which couples the first row to the last.
+        ArgumentError: where `banded_fits` says no.
         TooLargeError: if the blocks do not fit into memory.
     """
-    if conv.mode == "circular" or conv.groups != 1:
-        raise ArgumentError("the banded proof takes one group and no circular padding; use method='auto'")
+    conv = operator.conv if isinstance(operator, ConvTranspose) else operator
+    if conv.groups != 1 or not banded_fits(operator):
+        raise ArgumentError(
+            "the banded proof takes no circular padding, which couples the first row to the last, and no "
+            "output_padding of a stride or more; use method='auto'"
+        )
     require_ieee_arithmetic()
     scaled, exponent = normalised(conv.weight)
     if not scaled.any():
@@ -47,33 +51,46 @@ def banded_norm(conv: Conv, *, rtol: float) -> Enclosure:
     row = conv.in_size // conv.sizes[0]
     height = max(1, conv.reach[0])
     pieces = -(-conv.sizes[0] // height)
-    require_memory(8 * (row * height) ** 2 * (2 * pieces + 4), "the banded proof of this convolution")
-    lower = _search(conv, rtol)
+    require_memory(8 * (row * height) ** 2 * (4 * pieces + 4), "the banded proof of this convolution")
     gram, error = _row_grams(conv)
-    noise = (error + 8 * rounding.U * row * height * conv.sizes[0]) / (lower * lower)
-    shift = max(1.6 * rtol, 4 * noise)
-    for _ in range(_ATTEMPTS):
-        t = lower * lower * (1 + shift)
-        diagonal, below = _pieces(gram, conv.sizes[0], row, height, t)
-        floor = block_tridiagonal_floor(diagonal, below)
-        if floor > -math.inf:
-            largest = max(float(block.diagonal().abs().max()) for (i, j), block in gram.items() if i == j)
-            rounded = rounding.mul_up(2 * rounding.U, rounding.add_up(t, largest))
-            upper = rounding.sqrt_up(rounding.add_up(t, -floor, error, rounded))
-            return Enclosure(
-                rounding.ldexp_down(lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "banded", rtol
-            )
-        shift *= 10
-    return Enclosure(rounding.ldexp_down(lower, exponent), math.inf, "proved", "banded", rtol)
+    largest = max(float(block.diagonal().abs().max()) for (i, j), block in gram.items() if i == j)
+    noise = (error + 8 * rounding.U * conv.in_size * largest) / largest
+
+    def factored(t: float) -> Factored | None:
+        found = factor_block_tridiagonal(*_pieces(gram, conv.sizes[0], row, height, t))
+        if found is None:
+            return None
+        # Each diagonal entry of t I - G is rounded once.
+        rounded = rounding.mul_up(2 * rounding.U, rounding.add_up(t, largest))
+        ceiling = rounding.add_up(t, -found.floor, error, rounded)
+        return Factored(ceiling, lambda v: _solve(found, v.reshape(conv.in_shape).movedim(1, 0), conv.in_shape))
+
+    lower, ceiling = close_in(
+        lambda v: attained(conv, v.reshape(conv.in_shape) / torch.linalg.vector_norm(v)),
+        factored,
+        _search(conv, rtol),
+        shift=max(1.6 * rtol, 4 * noise),
+    )
+    upper = rounding.sqrt_up(ceiling)
+    return Enclosure(rounding.ldexp_down(lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "banded", rtol)
 
 
-def banded_flops(operator: Conv | ConvTranspose) -> tuple[float, float]:
-    """About how many floating-point operations and bytes `banded_norm` takes."""
+def banded_fits(operator: Conv | ConvTranspose) -> bool:
+    """Whether the Gram matrix is banded and of the operator's own norm, group by group."""
+    if isinstance(operator, ConvTranspose):
+        return operator.in_shape == operator.conv.out_shape
+    return operator.mode != "circular"
+
+
+def banded_cost(operator: Conv | ConvTranspose) -> tuple[float, float]:
+    """About how many floating-point operations, over all groups, and bytes `banded_norm` takes."""
     conv = operator.conv if isinstance(operator, ConvTranspose) else operator
     height = max(1, conv.reach[0])
-    block = float(conv.in_size // conv.sizes[0] * height)
+    block = float(conv.in_size // (conv.groups * conv.sizes[0]) * height)
     pieces = -(-conv.sizes[0] // height)
-    return pieces * 10 / 3 * block**3, 8 * block**2 * (2 * pieces + 4)
+    rows = conv.out_size / (conv.groups * conv.out_shape[1])
+    products = 2 * (conv.kernel[0] * block / height) ** 2 * rows
+    return conv.groups * (pieces * 10 / 3 * block**3 + products), 8 * block**2 * (2 * pieces + 4)
 
 
 def _row_grams(conv: Conv) -> tuple[dict[tuple[int, int], Tensor], float]:
@@ -147,14 +164,30 @@ def _pieces(
     return (block(s, s) for s in starts), (block(s + height, s) for s in starts[:-1])
 
 
-def _search(conv: Conv, rtol: float) -> float:
-    """What the convolution attains at the end of a long Lanczos run."""
+def _solve(factor: BlockFactor, image: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse applied to an image whose axis of rows comes first; the result is flat, channels first."""
+    widths = [block.shape[0] for block in factor.diagonal]
+    parts = [part[:, None] for part in torch.split(image.flatten(), widths)]
+    for i, block in enumerate(factor.diagonal):
+        if i:
+            parts[i] = parts[i] - factor.below[i - 1] @ parts[i - 1]
+        parts[i] = torch.linalg.solve_triangular(block, parts[i], upper=False)
+    for i in reversed(range(len(parts))):
+        if i + 1 < len(parts):
+            parts[i] = parts[i] - factor.below[i].mH @ parts[i + 1]
+        parts[i] = torch.linalg.solve_triangular(factor.diagonal[i].mH, parts[i], upper=True)
+    rows_first = (shape[1], shape[0], *shape[2:])
+    return torch.cat(parts).reshape(rows_first).movedim(1, 0).flatten()
+
+
+def _search(conv: Conv, rtol: float) -> Tensor:
+    """An approximate top right singular vector, by a short Lanczos run; the factors take over from there."""
     kind = torch.complex128 if conv.dtype.is_complex else torch.float64
     start = torch.randn(conv.in_size, generator=torch.Generator().manual_seed(conv.in_size), dtype=kind)
-    found = lanczos(
-        lambda v: conv.adjoint(conv.apply(v.reshape(1, *conv.in_shape))).flatten(),
-        start.to(conv.device),
-        steps=_STEPS,
-        tolerance=0.1 * rtol,
-    )
-    return attained(conv, found.vector.reshape(conv.in_shape))
+    with torch.no_grad():
+        return lanczos(
+            lambda v: conv.adjoint(conv.apply(v.reshape(1, *conv.in_shape))).flatten(),
+            start.to(conv.device),
+            steps=_STEPS,
+            tolerance=0.1 * rtol,
+        ).vector

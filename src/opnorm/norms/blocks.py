@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opnorm import _rounding as rounding
-from opnorm.certificate.posdef import eigenvalue_floor
+from opnorm.certificate.posdef import eigenvalue_floor, squared_frobenius_above
 from opnorm.norms.attained import attained_by_matrix
 from opnorm.norms.lanczos import batched_top
 from opnorm.norms.symbol import Grid
@@ -81,6 +81,17 @@ def find_peak(grid: Grid) -> tuple[int, int]:
     return int(coarse[top // groups]), top % groups
 
 
+def largest_frobenius(grid: Grid) -> Tensor:
+    """Return, for each group, an upper bound of the Frobenius norms of its computed blocks, shape (groups,)."""
+    groups = grid.kernel.shape[0]
+    most = torch.zeros(groups, dtype=torch.float64, device=grid.kernel.device)
+    for chunk in _chunks(grid):
+        real, imag = grid.blocks(chunk)
+        squares = squared_frobenius_above(real) + squared_frobenius_above(imag)
+        most = torch.maximum(most, squares.reshape(-1, groups).amax(0))
+    return most.sqrt() * (1 + 8 * rounding.U)
+
+
 def _estimates(grid: Grid, index: Tensor) -> Tensor:
     """Estimated squared norms of the blocks in single precision, shape (B, groups)."""
     found = []
@@ -100,7 +111,7 @@ def _chunks(grid: Grid, index: Tensor | None = None) -> Iterator[Tensor]:
     # Two parts of the block, their moduli, the Gram matrix in parts and as one, and its factor.
     cost = grid.kernel.shape[0] * 8 * (4 * rows * columns + 8 * side * side)
     index = torch.arange(len(grid.frequencies), device=grid.kernel.device) if index is None else index
-    yield from index.split(max(1, _CHUNK_BYTES // cost))
+    yield from torch.split(index, max(1, _CHUNK_BYTES // cost))
 
 
 def _oriented(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:

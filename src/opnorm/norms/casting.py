@@ -129,7 +129,7 @@ def _safe_factor(unit: Tensor, weight: Tensor, upper: float, lipschitz: float) -
 
 
 def _norm_above(matrix: Tensor, *, roundings: int) -> float:
-    """An upper bound of the spectral norm of a non-negative matrix, sums over which take at most that many roundings."""
+    """An upper bound of the spectral norm of a non-negative matrix whose sums take at most that many roundings."""
     rows, columns = float(matrix.sum(1).amax()), float(matrix.sum(0).amax())
     plain = min(float(torch.linalg.vector_norm(matrix)), math.sqrt(rows) * math.sqrt(columns))
     return rounding.mul_up(plain, rounding.add_up(1.0, rounding.gamma(2 * roundings)))

@@ -1,15 +1,15 @@
 """The proved norm of a matrix: Lanczos finds it, one Cholesky factorisation of `t I - A^H A` proves it."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
-from opnorm.certificate.posdef import eigenvalue_floor, require_ieee_arithmetic
+from opnorm.certificate.posdef import factor_with_floor, require_ieee_arithmetic
 from opnorm.norms.attained import attained_by_matrix
+from opnorm.norms.closing import Factored, close_in
 from opnorm.norms.gram import Gram, cheap_bound, gram_of_columns
 from opnorm.norms.lanczos import lanczos
 from opnorm.norms.memory import require_memory
@@ -47,8 +47,13 @@ def dense_norm(matrix: Tensor, *, rtol: float, slack: float = 0.0) -> Enclosure:
         return Enclosure(0.0, slack, "proved", "zero", rtol)
     gram = gram_of_columns(tall)
     vector = top_vector(gram.matrix, rtol)
-    lower = attained_by_matrix(tall, vector)
-    ceiling = prove_ceiling(gram, lower * lower, rtol)
+    noise = gram.error + 4 * side * rounding.U * float(gram.matrix.diagonal().abs().sum())
+    lower, ceiling = close_in(
+        lambda v: attained_by_matrix(tall, v),
+        lambda t: _factored(gram, t),
+        vector,
+        shift=_shift(side, noise / float(gram.matrix.diagonal().abs().max()), rtol),
+    )
     upper, method = rounding.sqrt_up(ceiling), "dense"
     if tall.numel() <= _CHEAP or ceiling == math.inf:
         # Exact for rank one, constant and permutation matrices, where the proof must keep a distance.
@@ -68,52 +73,32 @@ def top_vector(gram: Tensor, rtol: float) -> Tensor:
         return torch.linalg.eigh(gram).eigenvectors[:, -1]
     narrow = n >= _SINGLE and rtol >= 1e-8
     searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(searched)
     start = searched[:, int(gram.diagonal().abs().argmax())] + searched.mean(1)
-    generator = torch.Generator().manual_seed(n)
-    noise = torch.randn(n, generator=generator, dtype=torch.float64).to(start)
     start = start / torch.linalg.vector_norm(start) + noise / torch.linalg.vector_norm(noise)
     # The eigenvalue's relative error is twice the norm's; a tenth of the target leaves room for the shift.
-    found = lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol)
-    return found.vector.to(gram)
+    return lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol).vector.to(gram)
 
 
-def prove_ceiling(gram: Gram, attained_square: float, rtol: float) -> float:
-    """Return a proved upper bound of the largest eigenvalue of the exact Gram matrix, or inf if no attempt succeeds.
+def _shift(n: int, noise: float, rtol: float) -> float:
+    """How far above the attained square to factor, relative to it.
 
-    Args:
-        gram: the computed matrix with its error.
-        attained_square: about the largest eigenvalue.
-        rtol: target for the relative gap of its square root.
+    A full eigendecomposition leaves only rounding in between; a search leaves a part of the target.
     """
-    n = gram.matrix.shape[0]
-    noise = (gram.error + 4 * n * rounding.U * float(gram.matrix.diagonal().abs().sum())) / attained_square
-    for shift in _shifts(rtol, noise, sharp=n <= _SMALL):
-        ceiling = _ceiling(gram, attained_square * (1 + shift))
-        if ceiling < math.inf:
-            return ceiling
-    return math.inf
+    return 4 * noise if n <= _SMALL else max(1.6 * rtol, 4 * noise)
 
 
-def _shifts(rtol: float, noise: float, *, sharp: bool) -> Iterator[float]:
-    """Relative distances above the attained value at which to try: tenfold further each time.
-
-    Where the attained value is `sharp`, of a full eigendecomposition, only rounding stands in between.
-    """
-    shift = 4 * noise if sharp else max(1.6 * rtol, 4 * noise)
-    while shift < 100.0:
-        yield shift
-        shift *= 10
-
-
-def _ceiling(gram: Gram, t: float) -> float:
-    """A proved bound `lambda_max <= t + losses` by one factorisation of `t I - G`, or inf if it breaks down."""
+def _factored(gram: Gram, t: float) -> Factored | None:
+    """One factorisation of `t I - G` with the proved bound `lambda_max <= t + losses`, or None if it breaks down."""
     shifted = gram.matrix.neg()
     diagonal = shifted.diagonal()
+    largest = float(diagonal.abs().max())
     diagonal += t
-    margin = float(eigenvalue_floor(shifted))
+    factor, floor = factor_with_floor(shifted)
+    margin = float(floor)
     if margin == -math.inf:
-        return math.inf
+        return None
     # Each diagonal entry of the shifted matrix is rounded once.
-    largest = float(gram.matrix.diagonal().abs().max())
     rounded = rounding.mul_up(2 * rounding.U, rounding.add_up(t, largest))
-    return rounding.add_up(t, -margin, gram.error, rounded)
+    ceiling = rounding.add_up(t, -margin, gram.error, rounded)
+    return Factored(ceiling, lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0])

@@ -11,7 +11,7 @@ from opnorm._enclosure import Enclosure
 from opnorm.certificate.posdef import require_ieee_arithmetic
 from opnorm.errors import InputShapeError
 from opnorm.norms.attained import attained
-from opnorm.norms.blocks import Peak, grid_maximum
+from opnorm.norms.blocks import Peak, grid_maximum, largest_frobenius
 from opnorm.norms.lanczos import lanczos
 from opnorm.norms.scaling import normalised
 from opnorm.norms.symbol import Grid
@@ -77,7 +77,9 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     """
     conv = _as_conv(operator)
     require_ieee_arithmetic()
-    if conv.mode == "circular" and all(sum(pair) <= reach for pair, reach in zip(conv.padding, conv.reach, strict=True)):
+    if conv.mode == "circular" and all(
+        sum(pair) <= reach for pair, reach in zip(conv.padding, conv.reach, strict=True)
+    ):
         # Any circular convolution samples the symbol of stride 1; its strided blocks need a stride that divides n.
         conv = replace(conv, stride=(1,) * conv.dims)
     elif conv.mode != "zeros":
@@ -94,8 +96,25 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     upper = rounding.div_up(peak.upper, cosine_product_below(types, sizes))
     note = "supremum over all input sizes"
     return Enclosure(
-        rounding.ldexp_down(peak.lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "size-free", rtol, note=note
+        rounding.ldexp_down(peak.lower, exponent),
+        rounding.ldexp_up(upper, exponent),
+        "proved",
+        "size-free",
+        rtol,
+        note=note,
     )
+
+
+def frobenius_by_group(conv: Conv) -> list[float]:
+    """Return, for each group of a zero-padded convolution, a proved bound: the largest Frobenius norm of its symbol."""
+    scaled, exponent = normalised(conv.weight)
+    grid = _grid(replace(conv, weight=scaled), torus_sizes(conv)[0])
+    most = largest_frobenius(grid)
+    root = rounding.down(math.sqrt(grid.aliases))
+    return [
+        rounding.ldexp_up(rounding.add_up(rounding.div_up(value, root), grid.error), exponent)
+        for value in most.tolist()
+    ]
 
 
 def torus_flops(operator: Conv | ConvTranspose) -> float:
@@ -188,9 +207,7 @@ def _zero_padded(
 
 def torus_sizes(conv: Conv) -> list[tuple[int, ...]]:
     """Return a few tori, smallest first, that embed a zero-padded convolution of a given input size."""
-    least = [
-        n + min(reach, max(0, *pads)) for n, reach, pads in zip(conv.sizes, conv.reach, conv.padding, strict=True)
-    ]
+    least = [n + min(reach, max(0, *pads)) for n, reach, pads in zip(conv.sizes, conv.reach, conv.padding, strict=True)]
     tori = [tuple(_round_up(n + more, s) for n, s in zip(least, conv.stride, strict=True)) for more in range(3)]
     return sorted(set(tori))
 

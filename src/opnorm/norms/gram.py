@@ -29,7 +29,7 @@ def gram_of_columns(matrix: Tensor) -> Gram:
     that symmetric matrix.
     """
     m, n = matrix.shape
-    first, *rest = matrix.split(max(n, _CHUNK // max(1, n)))
+    first, *rest = torch.split(matrix, max(n, _CHUNK // max(1, n)))
     total = _product(first)
     for block in rest:
         total += _product(block)

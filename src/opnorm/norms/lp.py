@@ -13,12 +13,15 @@ from opnorm.norms.dense import dense_norm
 from opnorm.norms.scaling import normalised
 
 Order = tuple[float, float]
+L1: Order = (1.0, 1.0)
+L2: Order = (2.0, 2.0)
+INFINITY: Order = (math.inf, math.inf)
 
 _BOYD_STEPS = 60
 _CORNERS: tuple[Order, ...] = ((1, 1), (2, 2), (math.inf, math.inf), (1, 2), (2, math.inf), (1, math.inf))
 
 
-def parse_order(ord: float | tuple[float, float]) -> Order:  # noqa: A002 - the name that torch uses
+def parse_order(ord: float | tuple[float, float]) -> Order:
     """Return `(p_in, p_out)`, or refuse what is no norm.
 
     Raises:
@@ -46,10 +49,12 @@ def lp_norm(matrix: Tensor, order: Order, *, rtol: float) -> Enclosure:
         ArgumentError: for p > q, where over the reals the interpolation fails (Riesz's own condition).
     """
     p, q = order
-    if order == (2, 2):
+    if order == L2:
         return dense_norm(matrix, rtol=rtol)
     if p > q:
-        raise ArgumentError(f"the norm from l{p:g} to l{q:g} has no proved bound here: only orders with p_in <= p_out do")
+        raise ArgumentError(
+            f"the norm from l{p:g} to l{q:g} has no proved bound here: only orders with p_in <= p_out do"
+        )
     scaled, exponent = normalised(matrix)
     if scaled.numel() == 0 or not scaled.any():
         return Enclosure(0.0, 0.0, "proved", "zero", rtol)
@@ -64,17 +69,21 @@ def lp_norm(matrix: Tensor, order: Order, *, rtol: float) -> Enclosure:
 
 def _corner(matrix: Tensor, order: Order, rtol: float) -> tuple[float, float]:
     """Both ends of a norm that is read off the entries."""
-    if order == (2, 2):
+    if order == L2:
         found = dense_norm(matrix, rtol=rtol)
         return found.lower, found.upper
     modulus = matrix.abs()
-    value, terms = {
-        (1, 1): lambda: (modulus.sum(0).max(), matrix.shape[0]),
-        (math.inf, math.inf): lambda: (modulus.sum(1).max(), matrix.shape[1]),
-        (1, 2): lambda: (torch.linalg.vector_norm(modulus, dim=0).max(), matrix.shape[0]),
-        (2, math.inf): lambda: (torch.linalg.vector_norm(modulus, dim=1).max(), matrix.shape[1]),
-        (1, math.inf): lambda: (modulus.max(), 0),
-    }[order]()
+    match order:
+        case (1, 1):
+            value, terms = modulus.sum(0).max(), matrix.shape[0]
+        case (1, 2):
+            value, terms = torch.linalg.vector_norm(modulus, dim=0).max(), matrix.shape[0]
+        case (2, math.inf):
+            value, terms = torch.linalg.vector_norm(modulus, dim=1).max(), matrix.shape[1]
+        case (math.inf, math.inf):
+            value, terms = modulus.sum(1).max(), matrix.shape[1]
+        case _:
+            value, terms = modulus.max(), 0
     if terms == 0 and not matrix.is_complex():
         return float(value), float(value)
     slack = rounding.up(1 + rounding.gamma(terms + 8))

@@ -50,10 +50,9 @@ def matrix_of(operator: LinearOperator) -> Tensor:
 def majorant_norm(operator: LinearOperator) -> float:
     """Return `sqrt(|A|_1 |A|_inf)` of the majorant, rounded upward: a proved bound of the norm of any operator."""
     majorant = operator.absolute()
-    kind = {"dtype": torch.float64, "device": operator.device}
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
-        row_sums = majorant.apply(torch.ones(1, *operator.in_shape, **kind))
-        column_sums = majorant.adjoint(torch.ones(1, *operator.out_shape, **kind))
+        row_sums = majorant.apply(torch.ones(1, *operator.in_shape, dtype=torch.float64, device=operator.device))
+        column_sums = majorant.adjoint(torch.ones(1, *operator.out_shape, dtype=torch.float64, device=operator.device))
     rows = rounding.mul_up(float(row_sums.max()), 1 + rounding.gamma(majorant.terms + 8))
     # A column is summed over at most all rows, whatever the order.
     columns = rounding.mul_up(float(column_sums.max()), 1 + rounding.gamma(operator.out_size + 8))

@@ -7,7 +7,7 @@ from opnorm.errors import TooLargeError
 
 
 def available_bytes() -> int:
-    """Return the memory that the kernel would give this process without swapping, the control group's limit included."""
+    """Return the memory that the kernel would give this process without swapping, within its control group."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from opnorm._enclosure import Guarantee
 from opnorm.errors import ArgumentError, TooLargeError
-from opnorm.norms.banded import banded_flops
+from opnorm.norms.banded import banded_cost, banded_fits
 from opnorm.norms.fourier import size_free_flops, torus_flops
 from opnorm.norms.memory import available_bytes
 from opnorm.norms.probable import steps_needed
@@ -21,7 +21,11 @@ METHODS: dict[str, str] = {
     "lanczos": "Krylov space from a random start; needs applications only, `probable` or `estimate`",
 }
 DENSE_LIMIT = 4096
-"""Up to this many inputs or outputs a convolution is proved by its own matrix unless something cheaper is tight."""
+"""Up to this many inputs or outputs an operator without structure is proved by its own matrix."""
+_AFFORDABLE = 6e10
+"""Flops, about a second, that "auto" spends on a convolution to be tighter than its symbol."""
+_LOOSE = 1e-3
+"""A target from which on the symbol of a convolution may do alone."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,16 @@ def _for_convolution(operator: Conv | ConvTranspose, rtol: float) -> Plan:
     ):
         return _plan(operator, "torus", "circular padding makes the symbol exact", rtol)
     side = min(operator.in_size, operator.out_size) // conv.groups
-    if side <= DENSE_LIMIT:
-        return _plan(operator, "torus+dense", "the symbol first; small enough for its own matrix if that is loose", rtol)
-    return _plan(operator, "torus", f"{side} unknowns a group are too many for its own matrix", rtol)
+    tight = _plan(operator, "dense", "its own matrix is exact", rtol)
+    if banded_fits(operator):
+        banded = _plan(operator, "banded", "a factorisation over image rows is exact", rtol)
+        tight = banded if banded.flops < tight.flops else tight
+    if side > DENSE_LIMIT and tight.flops > _AFFORDABLE:
+        reason = f"{side} unknowns a group take too long for a tight proof; method='{tight.method}' makes it"
+        return _plan(operator, "torus", reason, rtol)
+    if rtol >= _LOOSE:
+        return _plan(operator, f"torus+{tight.method}", f"the symbol first; if that is loose, {tight.reason}", rtol)
+    return tight
 
 
 def _plan(operator: LinearOperator, method: str, reason: str, rtol: float) -> Plan:
@@ -119,22 +130,19 @@ def _plan(operator: LinearOperator, method: str, reason: str, rtol: float) -> Pl
 
 def _cost(operator: LinearOperator, method: str, rtol: float) -> tuple[float, float]:
     """About the flops and the bytes of one method, or a refusal where it does not fit the operator."""
-    convolution = isinstance(operator, Conv | ConvTranspose)
-    if method in {"torus", "size-free", "banded"} and not convolution:
-        raise ArgumentError(f"method={method!r} is for convolutions, not for {type(operator).__name__}")
-    if convolution and method == "torus":
-        return torus_flops(operator), 2.0**27
-    if convolution and method == "size-free":
-        return size_free_flops(operator, rtol), 2.0**27
-    if convolution and method == "banded":
-        return banded_flops(operator)
+    if method in {"torus", "size-free", "banded"}:
+        if not isinstance(operator, Conv | ConvTranspose):
+            raise ArgumentError(f"method={method!r} is for convolutions, not for {type(operator).__name__}")
+        if method == "banded":
+            return banded_cost(operator)
+        return torus_flops(operator) if method == "torus" else size_free_flops(operator, rtol), 2.0**27
     if method == "structured":
         if not isinstance(operator, STRUCTURED):
             raise ArgumentError(f"method='structured' does not know {type(operator).__name__}")
         return float(operator.in_size + operator.out_size), 8.0 * (operator.in_size + operator.out_size)
     rows, columns = operator.out_size, operator.in_size
     if method == "lanczos":
-        steps = min(steps_needed(min(rows, columns), rtol, 1e-12), min(rows, columns))
+        steps = min(steps_needed(min(rows, columns), rtol, 1e-12), rows, columns)
         return 4.0 * steps * operator.terms * rows, 8.0 * min(rows, columns) * (steps + 8)
     groups = operator.conv.groups if isinstance(operator, ConvTranspose) else getattr(operator, "groups", 1)
     rows, columns = rows // groups, columns // groups

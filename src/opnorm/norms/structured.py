@@ -7,6 +7,7 @@ import torch
 
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
+from opnorm.errors import ArgumentError
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.gram import cheap_bound
 from opnorm.norms.scaling import normalised
@@ -27,6 +28,9 @@ def structured_norm(operator: LinearOperator, measure: Measure, *, rtol: float) 
         operator: one of `STRUCTURED`.
         measure: how to enclose the norm of a part.
         rtol: target for the gap.
+
+    Raises:
+        ArgumentError: for an operator without such a structure.
     """
     match operator:
         case Diagonal():
@@ -49,7 +53,7 @@ def structured_norm(operator: LinearOperator, measure: Measure, *, rtol: float) 
             product = reduce(lambda a, b: a * b, map(measure, operator.parts))
             return Enclosure(0.0, product.upper, product.guarantee, "product", rtol, product.failure_probability)
         case _:
-            raise AssertionError(f"{type(operator).__name__} has no structure")
+            raise ArgumentError(f"method='structured' does not know {type(operator).__name__}")
 
 
 def _diagonal(operator: Diagonal, rtol: float) -> Enclosure:
@@ -58,7 +62,10 @@ def _diagonal(operator: Diagonal, rtol: float) -> Enclosure:
     largest = float(scaled.abs().max()) if scaled.numel() else 0.0
     lower, upper = largest, largest
     if scaled.is_complex():
-        lower, upper = rounding.div_down(largest, 1 + rounding.gamma(8)), rounding.mul_up(largest, 1 + rounding.gamma(8))
+        lower, upper = (
+            rounding.div_down(largest, 1 + rounding.gamma(8)),
+            rounding.mul_up(largest, 1 + rounding.gamma(8)),
+        )
     if operator.scale_error:
         lower = rounding.mul_down(lower, rounding.down(1 - operator.scale_error))
         upper = rounding.mul_up(upper, rounding.up(1 + operator.scale_error))

@@ -92,13 +92,11 @@ class Grid:
         Returns:
             Two tensors of shape (B * groups, c_out, c_in * aliases); the group varies fastest.
         """
-        groups, c_out, c_in, taps = self.kernel.shape
+        groups, c_out, c_in, _ = self.kernel.shape
         phase = self.phases(self.alias_frequencies(index))  # shape: (B, aliases, taps)
         if self.kernel.is_complex():
             real_part, imag_part = self.kernel.real, self.kernel.imag
-            waves = torch.cat(
-                [torch.cat([phase.real, -phase.imag], -1), torch.cat([phase.imag, phase.real], -1)]
-            )
+            waves = torch.cat([torch.cat([phase.real, -phase.imag], -1), torch.cat([phase.imag, phase.real], -1)])
             weights = torch.cat([real_part, imag_part], -1)
         else:
             waves, weights = torch.cat([phase.real, phase.imag]), self.kernel

@@ -60,8 +60,9 @@ class LinearOperator(ABC):
     def adjoint(self, y: Tensor) -> Tensor:
         """Apply the conjugate transpose: (batch, *out_shape) -> (batch, *in_shape)."""
         origin = torch.zeros(y.shape[0], *self.in_shape, dtype=y.dtype, device=y.device)
-        _, pull = torch.func.vjp(self.apply, origin)
-        return pull(y)[0]
+        pull = torch.func.vjp(self.apply, origin)[1]
+        image: Tensor = pull(y)[0]
+        return image
 
     @property
     def in_size(self) -> int:
@@ -72,3 +73,11 @@ class LinearOperator(ABC):
     def out_size(self) -> int:
         """Number of elements of one result."""
         return prod(self.out_shape)
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """Return the absolute values of stored weights, in float64 and rounded upward where the weights are complex."""
+    if not weight.is_complex():
+        return weight.abs()
+    # No implementation of hypot is off by 2**-48.
+    return weight.to(torch.complex128).abs() * (1 + 2.0**-48)

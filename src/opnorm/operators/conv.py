@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opnorm.errors import InputShapeError
-from opnorm.operators.base import LinearOperator
+from opnorm.operators.base import LinearOperator, magnitude
 
 PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
 
@@ -97,9 +97,7 @@ class Conv(LinearOperator):
         return min(copies, prod(self.kernel))
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        return _CONV[self.dims](
-            self.pad(x), self.weight.to(x.dtype), None, self.stride, 0, self.dilation, self.groups
-        )
+        return _CONV[self.dims](self.pad(x), self.weight.to(x.dtype), None, self.stride, 0, self.dilation, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:  # noqa: D102
         spans = zip(self.padded, self.reach, self.stride, strict=True)
@@ -107,9 +105,10 @@ class Conv(LinearOperator):
         weight = self.weight.to(y.dtype).conj().resolve_conj()
         full = _CONV_TRANSPOSE[self.dims](y, weight, None, self.stride, 0, left_over, self.groups, self.dilation)
         if self.mode == "zeros":
-            return full[(..., *(slice(a, a + n) for (a, _), n in zip(self.padding, self.sizes, strict=True)))]
+            return _cropped(full, tuple(left for left, _ in self.padding), self.sizes)
         origin = torch.zeros(y.shape[0], *self.in_shape, dtype=y.dtype, device=y.device)
-        return torch.func.vjp(self.pad, origin)[1](full)[0]
+        image: Tensor = torch.func.vjp(self.pad, origin)[1](full)[0]
+        return image
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad a batch the way the convolution does."""
@@ -119,7 +118,7 @@ class Conv(LinearOperator):
         return F.pad(x, widths, mode="constant" if self.mode == "zeros" else self.mode)
 
     def absolute(self) -> "Conv":  # noqa: D102
-        return replace(self, weight=self.weight.abs())
+        return replace(self, weight=magnitude(self.weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +168,14 @@ class ConvTranspose(LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:  # noqa: D102
         conv = replace(self.conv, weight=self.conv.weight.conj().resolve_conj())
         # With output_padding >= stride the convolution has more outputs than this map has inputs.
-        return conv.apply(y)[(..., *(slice(0, n) for n in self.in_shape[1:]))]
+        return _cropped(conv.apply(y), (0,) * conv.dims, self.in_shape[1:])
 
     def absolute(self) -> "ConvTranspose":  # noqa: D102
         return replace(self, conv=self.conv.absolute())
+
+
+def _cropped(x: Tensor, starts: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """A batch without what lies outside the window, on the last axes."""
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), start=-len(sizes)):
+        x = x.narrow(axis, start, size)
+    return x

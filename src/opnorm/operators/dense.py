@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opnorm.operators.base import LinearOperator
+from opnorm.operators.base import LinearOperator, magnitude
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,4 +41,4 @@ class Dense(LinearOperator):
         return y @ self.weight.to(y.dtype).conj()
 
     def absolute(self) -> "Dense":  # noqa: D102
-        return Dense(self.weight.abs())
+        return Dense(magnitude(self.weight))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opnorm.errors import InputShapeError
-from opnorm.operators.base import LinearOperator
+from opnorm.operators.base import LinearOperator, magnitude
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Diagonal(LinearOperator):
         return y * self._spread(self.scale.to(y).conj())
 
     def absolute(self) -> "Diagonal":  # noqa: D102
-        return replace(self, scale=self.scale.abs())
+        return replace(self, scale=magnitude(self.scale))
 
     def _spread(self, scale: Tensor) -> Tensor:
         return scale.reshape(self.in_shape[0], *(1 for _ in self.in_shape[1:]))

@@ -1,0 +1,6 @@
+"""Audits: a checkpoint or a model -> a report of pure data."""
+
+from opnorm.auditing.report import Report, Row, Skipped, Violation
+from opnorm.auditing.run import audit
+
+__all__ = ["Report", "Row", "Skipped", "Violation", "audit"]
