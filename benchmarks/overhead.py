@@ -34,7 +34,15 @@ def mlp(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 def discriminator(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The SN-GAN discriminator for 32 x 32 images (Miyato et al., Table 3) at half width."""
-    plan = [(3, 32, 3, 1), (32, 64, 4, 2), (64, 64, 3, 1), (64, 128, 4, 2), (128, 128, 3, 1), (128, 256, 4, 2), (256, 256, 3, 1)]
+    plan = [
+        (3, 32, 3, 1),
+        (32, 64, 4, 2),
+        (64, 64, 3, 1),
+        (64, 128, 4, 2),
+        (128, 128, 3, 1),
+        (128, 256, 4, 2),
+        (256, 256, 3, 1),
+    ]
     layers: list[nn.Module] = []
     for c_in, c_out, k, stride in plan:
         layers += [wrap(nn.Conv2d(c_in, c_out, k, stride, 1)), nn.LeakyReLU(0.1)]
@@ -60,7 +68,9 @@ def others() -> dict[str, Callable[[nn.Module], nn.Module]]:
         def deel(layer: nn.Module) -> nn.Module:
             if isinstance(layer, nn.Linear):
                 return torchlip.SpectralLinear(layer.in_features, layer.out_features)
-            return torchlip.SpectralConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+            return torchlip.SpectralConv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+            )
 
         found["deel-torchlip"] = deel
     return found
@@ -83,7 +93,9 @@ def timed(step: Callable[[], object], repeats: int) -> float:
     return best
 
 
-def compare(build: Callable[..., nn.Module], shape: tuple[int, ...], rounds: int, repeats: int, *, train: bool) -> dict[str, dict[str, float]]:
+def compare(
+    build: Callable[..., nn.Module], shape: tuple[int, ...], rounds: int, repeats: int, *, train: bool
+) -> dict[str, dict[str, float]]:
     """Median over rounds of every variant's time relative to the plain one's in the same round."""
     x = torch.randn(shape)
     steps = {}
@@ -107,7 +119,8 @@ def compare(build: Callable[..., nn.Module], shape: tuple[int, ...], rounds: int
             ratios[name].append(value / times["plain"] - 1)
             seconds[name].append(value)
     return {
-        name: {"seconds": statistics.median(seconds[name]), "overhead": statistics.median(ratios[name])} for name in steps
+        name: {"seconds": statistics.median(seconds[name]), "overhead": statistics.median(ratios[name])}
+        for name in steps
     }
 
 
@@ -126,7 +139,11 @@ def main() -> None:
         "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), 3, False),
     }
     report: dict[str, object] = {
-        "environment": {"torch": torch.__version__, "threads": arguments.threads, "machine": platform.processor() or platform.machine()}
+        "environment": {
+            "torch": torch.__version__,
+            "threads": arguments.threads,
+            "machine": platform.processor() or platform.machine(),
+        }
     }
     for title, (build, shape, repeats, train) in cases.items():
         if arguments.only not in title:

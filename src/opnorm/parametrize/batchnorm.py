@@ -15,7 +15,7 @@ from opnorm.parametrize.flow import run_once
 TOLERANCE = 1e-4
 
 
-def fold_batch_norms(model: nn.Module, example_input: Any) -> None:  # noqa: ANN401 - a tensor, or a tuple of arguments
+def fold_batch_norms(model: nn.Module, example_input: Any) -> None:
     """Replace every BatchNorm that alone reads a linear layer's output by that layer with other weights, in place.
 
     Raises:
@@ -33,7 +33,7 @@ def fold_batch_norms(model: nn.Module, example_input: Any) -> None:  # noqa: ANN
     _fold_all(model, example_input)
 
 
-def _fold_all(model: nn.Module, example_input: Any) -> None:  # noqa: ANN401
+def _fold_all(model: nn.Module, example_input: Any) -> None:
     flow = run_once(model, example_input)
     paths = {module: path for path, module in model.named_modules()}
     for layer, readers in flow.readers.items():
@@ -55,7 +55,7 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
     layer.weight, layer.bias = weight, bias
 
 
-def _output(model: nn.Module, example_input: Any) -> Tensor:  # noqa: ANN401
+def _output(model: nn.Module, example_input: Any) -> Tensor:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -65,5 +65,7 @@ def _output(model: nn.Module, example_input: Any) -> Tensor:  # noqa: ANN401
         for module, training in modes:
             module.training = training
     if not isinstance(found, Tensor):
-        raise ArgumentError(f"fold_batch_norm compares the model's outputs, which must be one tensor, not {type(found).__name__}")
+        raise ArgumentError(
+            f"fold_batch_norm compares the model's outputs, which must be one tensor, not {type(found).__name__}"
+        )
     return found

@@ -75,6 +75,10 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
     if vectors.is_complex() and not matrix.is_complex():
         both = multiply(matrix, torch.cat([vectors.real, vectors.imag], -1))
         return torch.complex(*both.chunk(2, -1))
+    if hasattr(matrix, "device_mesh"):  # a DTensor
+        from opnorm.parametrize.sharding import product
+
+        return product(matrix, vectors)
     if len(matrix) == 1:
         return (vectors[0].mT @ matrix[0].mT).mT[None]
     return (vectors.mT @ matrix.mT).mT

@@ -56,7 +56,11 @@ def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
     if view.sampled:
         return sigma, weight.new_empty(blocks, rows, columns, dtype=dtype), weight.new_empty(0)
     rank = 2 if view.frequencies else 1
-    return sigma, weight.new_empty(blocks, rows, rank, dtype=dtype), weight.new_empty(blocks, columns, rank, dtype=dtype)
+    return (
+        sigma,
+        weight.new_empty(blocks, rows, rank, dtype=dtype),
+        weight.new_empty(blocks, columns, rank, dtype=dtype),
+    )
 
 
 @torch.library.custom_op("opnorm::deployed", mutates_args=())

@@ -40,7 +40,7 @@ def convert(model: ModelT, *, norm: Norm = "reshaped", lipschitz: float = 1.0, m
         >>> layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4))
         >>> opnorm.convert(layer).parametrizations.weight[0].norm
         'reshaped'
-    """  # noqa: DOC502
+    """
     found = list(_torch_normalised(model))
     if not found:
         raise ArgumentError(
@@ -52,7 +52,9 @@ def convert(model: ModelT, *, norm: Norm = "reshaped", lipschitz: float = 1.0, m
             _remove_hook(module, name, rule)
         else:
             if len(module.parametrizations[name]) > 1:  # type: ignore[index]
-                raise ArgumentError(f"{type(module).__name__}.{name} has other parametrizations too; remove those first")
+                raise ArgumentError(
+                    f"{type(module).__name__}.{name} has other parametrizations too; remove those first"
+                )
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         dim = rule.dim if norm == "reshaped" else None
         spectral_norm(module, name, rule.n_power_iterations, dim=dim, lipschitz=lipschitz, mode=mode, norm=norm)

@@ -57,7 +57,7 @@ class Coverage:
         return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])
 
 
-def coverage(model: nn.Module, example_input: Any = None) -> Coverage:  # noqa: ANN401 - a tensor, or a tuple of arguments
+def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
     """Say for every parameter of a model whether it is normalised, and why not.
 
     Args:

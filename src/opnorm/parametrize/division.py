@@ -44,7 +44,7 @@ class Divide(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - torch's context
+        ctx: Any,
         matrices: Tensor,
         triple: Triple,
         lipschitz: float,
@@ -59,7 +59,7 @@ class Divide(Function):
         return matrices / divisor(triple.sigma, lipschitz, clip).to(matrices.dtype)[:, None, None]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """One inner product and one low-rank update; for higher derivatives, autograd through the definition."""
         (matrices,) = ctx.saved_tensors
         triple, lipschitz, clip = ctx.triple, ctx.lipschitz, ctx.clip
@@ -98,7 +98,7 @@ class ScaledLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -113,7 +113,7 @@ class ScaledLinear(Function):
         return torch.nn.functional.linear(scaled, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The outer products of the batch and of the direction in one product."""
         x, weight, scaled = ctx.saved_tensors
         triple, lipschitz, clip = ctx.triple, ctx.lipschitz, ctx.clip

@@ -57,7 +57,7 @@ def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_sha
         raise WeightError(f"{label} has no values before the first call; call the model once on an input, then wrap it")
     if not (weight.is_floating_point() or weight.is_complex()):
         raise WeightError(f"{label} has the dtype {weight.dtype}, which cannot be divided; normalise the float layer")
-    if weight.ndim < 2:  # noqa: PLR2004
+    if weight.ndim < 2:
         raise WeightError(f"{label} has shape {tuple(weight.shape)}; a vector has no operator norm to divide by")
     usual = 1 if isinstance(module, TRANSPOSED) else 0
     if norm == "reshaped":
@@ -72,7 +72,7 @@ def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_sha
 
 
 def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Shape | None) -> View:
-    if isinstance(module, nn.MultiheadAttention | RECURRENT | LOOKUPS) and weight.ndim == 2:  # noqa: PLR2004
+    if isinstance(module, nn.MultiheadAttention | RECURRENT | LOOKUPS) and weight.ndim == 2:
         stacked = 3 if name == "in_proj_weight" else 1  # q, k and v, each divided by its own norm
         return matrix_view(weight.shape[0] // stacked, weight.shape[1], blocks=stacked, joint=stacked == 1)
     if not any((module, name) == pair for pair in weights_of(module)):
@@ -89,7 +89,12 @@ def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Sh
 def _bare(module: nn.Module) -> nn.Module:
     """The layer without hooks and with finite values: what is asked is its geometry."""
     other = copy.copy(module)
-    other.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters), "_forward_hooks": {}, "_forward_pre_hooks": {}}
+    other.__dict__ = {
+        **module.__dict__,
+        "_parameters": dict(module._parameters),
+        "_forward_hooks": {},
+        "_forward_pre_hooks": {},
+    }
     held = other._parameters.get("weight")
     if held is not None:
         shape = held.shape
@@ -102,7 +107,7 @@ def _border_matters(operator: Conv | ConvTranspose) -> bool:
     conv = operator.conv if isinstance(operator, ConvTranspose) else operator
     if conv.mode in {"reflect", "replicate"}:
         return True
-    if operator.spatial is None or prod(conv.kernel) == 1 and max(conv.stride) == 1 and not any(map(any, conv.padding)):
+    if operator.spatial is None or (prod(conv.kernel) == 1 and max(conv.stride) == 1 and not any(map(any, conv.padding))):
         return False
     if conv.mode == "circular":
         return not all(

@@ -19,7 +19,7 @@ class Flow:
     readers: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
 
 
-def run_once(model: nn.Module, example_input: Any) -> Flow:  # noqa: ANN401 - a tensor, or the tuple of arguments
+def run_once(model: nn.Module, example_input: Any) -> Flow:
     """Run the model in evaluation mode, without gradients, and record shapes and readers. Nothing is left behind."""
     flow = Flow()
     made: dict[int, tuple[Tensor, nn.Module]] = {}
@@ -33,11 +33,13 @@ def run_once(model: nn.Module, example_input: Any) -> Flow:  # noqa: ANN401 - a 
             if id(x) in made and made[id(x)][1] is not module:
                 flow.readers.setdefault(made[id(x)][1], []).append(module)
 
-    def after(module: nn.Module, _: Any, output: Any) -> None:  # noqa: ANN401
+    def after(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             made[id(output)] = (output, module)  # the tensor is kept, so that its id is not reused
 
-    leaves = [module for module in model.modules() if not list(module.children()) or hasattr(module, "parametrizations")]
+    leaves = [
+        module for module in model.modules() if not list(module.children()) or hasattr(module, "parametrizations")
+    ]
     handles = [module.register_forward_pre_hook(before) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
     try:
@@ -76,5 +78,7 @@ def sequence(model: nn.Module) -> Flow:
 def _flatten(parent: nn.Sequential) -> list[nn.Module]:
     found: list[nn.Module] = []
     for child in parent:
-        found += _flatten(child) if isinstance(child, nn.Sequential) else [] if isinstance(child, nn.Identity) else [child]
+        found += (
+            _flatten(child) if isinstance(child, nn.Sequential) else [] if isinstance(child, nn.Identity) else [child]
+        )
     return found

@@ -35,7 +35,7 @@ def fold(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=8, out_features=4, bias=True)
           (1): ReLU()
         )
-    """  # noqa: DOC502
+    """
     plain = copy.deepcopy(model)
     found = normalised(plain)
     if not found:

@@ -25,8 +25,7 @@ _DESCRIBE = frozenset(
     }
 )
 _OVERWRITE = frozenset(
-    "bernoulli_ cauchy_ copy_ exponential_ fill_ geometric_ log_normal_ normal_ random_ requires_grad_ uniform_ "
-    "zero_".split()
+    ["bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_", "requires_grad_", "uniform_", "zero_"]
 )
 _VIEWS = frozenset({"view", "view_as", "reshape", "flatten", "t", "transpose", "permute", "__getitem__", "detach"})
 
@@ -43,7 +42,9 @@ class NormalizedWeight(Tensor):
     _written: bool
 
     @staticmethod
-    def __new__(cls, owner: "SpectralNormalization", raw: Tensor, root: "NormalizedWeight | None" = None) -> "NormalizedWeight":
+    def __new__(
+        cls, owner: "SpectralNormalization", raw: Tensor, root: "NormalizedWeight | None" = None
+    ) -> "NormalizedWeight":
         """Wrap the raw weight of a parametrization, or a view of it."""
         grad = raw.requires_grad and torch.is_grad_enabled()
         self: NormalizedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -63,7 +64,7 @@ class NormalizedWeight(Tensor):
             value = func(value, *args, **kwargs)
         return value.detach() if self._detached else value
 
-    def viewed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "NormalizedWeight":  # noqa: ANN401
+    def viewed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "NormalizedWeight":
         """Return a view, through which an initialisation can still write."""
         other = NormalizedWeight(self._owner, func(self._raw.detach(), *args, **kwargs), self._root)
         other._path, other._detached = (*self._path, (func, args, kwargs)), True
@@ -71,8 +72,12 @@ class NormalizedWeight(Tensor):
 
     @classmethod
     def __torch_function__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         """Describe without computing, write to the raw weight, and compute the value for everything else."""
         kwargs = kwargs or {}
         if func is F.linear and len(args) > 1 and isinstance(args[1], NormalizedWeight):
@@ -105,7 +110,7 @@ class NormalizedWeight(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse what went past `__torch_function__`: it would lose the gradient of the raw weight.
 
         Raises:
@@ -117,12 +122,17 @@ class NormalizedWeight(Tensor):
 
 
 def _writes(name: str) -> bool:
-    return name in {"__setitem__", "__set__"} or (name.endswith("_") and not name.endswith("__")) or (
-        name.startswith("__i") and name in {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imatmul__"}
+    return (
+        name in {"__setitem__", "__set__"}
+        or (name.endswith("_") and not name.endswith("__"))
+        or (
+            name.startswith("__i")
+            and name in {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imatmul__"}
+        )
     )
 
 
-def _write(weight: NormalizedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: ANN401
+def _write(weight: NormalizedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     name = func.__name__
     if name not in _OVERWRITE and func is not Tensor.copy_ and not weight._root._written:
         raise ArgumentError(

@@ -36,7 +36,7 @@ class Monitor:
         >>> monitor = opnorm.Monitor(torch.nn.Sequential(torch.nn.Linear(4, 4)))
         >>> sorted(monitor())
         ['0.weight/gap', '0.weight/norm', '0.weight/stable_rank']
-    """  # noqa: DOC502
+    """
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from opnorm.norms.casting import Mode
 from opnorm.parametrize.batchnorm import fold_batch_norms
 from opnorm.parametrize.coverage import undoing
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, weights_of
-from opnorm.parametrize.flow import Flow, run_once, sequence
+from opnorm.parametrize.flow import run_once, sequence
 from opnorm.parametrize.register import rule_of, spectral_norm
 from opnorm.parametrize.spectral import Iterations
 
@@ -22,7 +22,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def normalize(
     model: ModelT,
-    example_input: Any = None,  # noqa: ANN401 - a tensor, or the tuple of the arguments
+    example_input: Any = None,
     *,
     lipschitz: float = 1.0,
     total: float | None = None,
@@ -64,7 +64,7 @@ def normalize(
         >>> model = opnorm.normalize(model, total=4.0).eval()
         >>> round(torch.linalg.matrix_norm(model[0].weight, 2).item(), 4)
         2.0
-    """  # noqa: DOC502
+    """
     if total is not None and lipschitz != 1.0:
         raise ArgumentError("give lipschitz (of every weight) or total (their product), not both")
     if fold_batch_norm:
@@ -74,7 +74,9 @@ def normalize(
     flow = sequence(model) if example_input is None else run_once(model, example_input)
     found = _to_normalise(model, list(skip))
     if not found:
-        raise ArgumentError(f"this {type(model).__name__} has no linear layer left to normalise; opnorm.coverage says why")
+        raise ArgumentError(
+            f"this {type(model).__name__} has no linear layer left to normalise; opnorm.coverage says why"
+        )
     if total is not None and not (math.isfinite(total) and total > 0):
         raise ArgumentError(f"total={total!r}: it is a positive number")
     each = lipschitz if total is None else total ** (1 / len(found))
@@ -84,7 +86,9 @@ def normalize(
             module, name, n_power_iterations, lipschitz=each, mode=mode, norm=norm, learn_scale=learn_scale,
             input_shape=flow.shapes.get(module) if sized else None,
         )  # fmt: skip
-    inert = [path for path, module in model.named_modules() if any(m is module for m, _ in found) and undoing(module, flow)]
+    inert = [
+        path for path, module in model.named_modules() if any(m is module for m, _ in found) and undoing(module, flow)
+    ]
     if inert:
         warnings.warn(
             f"normalising {', '.join(inert)} is inert: a normalisation without running statistics follows and undoes any "
@@ -105,5 +109,7 @@ def _to_normalise(model: nn.Module, skip: list[str]) -> list[tuple[nn.Module, st
             if not matching and rule_of(owner, name) is None:
                 found.setdefault((id(owner), name), (owner, name))
     if unused:
-        raise ArgumentError(f"skip={sorted(unused)} matches no linear layer; the names are those of model.named_modules()")
+        raise ArgumentError(
+            f"skip={sorted(unused)} matches no linear layer; the names are those of model.named_modules()"
+        )
     return list(found.values())

@@ -41,7 +41,7 @@ class Projector:
         >>> norms = opnorm.Projector(model, 0.5).step_(proved=True)
         >>> round(torch.linalg.matrix_norm(model.weight, 2).item(), 5)
         0.5
-    """  # noqa: DOC502
+    """
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Projector:
 
         Raises:
             WeightError: if a weight holds NaN or infinite values.
-        """  # noqa: DOC502
+        """
         before: dict[str, float] = {}
         for label, (module, name, rule) in self._tracked.items():
             weight = getattr(module, name)

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
+from opnorm.parametrize.sharding import follow_shards
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.states import adopt_state
 
@@ -69,11 +70,13 @@ def spectral_norm(
         >>> layer = opnorm.spectral_norm(torch.nn.Conv2d(3, 8, 3, padding=1)).eval()
         >>> opnorm.norm(layer).upper <= 1.01 and opnorm.norm(opnorm.fold(layer)).lower <= 1.0
         True
-    """  # noqa: DOC502 - some are raised by view_of
+    """
     if name is None:
         found = weights_of(module)
         if not found:
-            raise ArgumentError(f"{type(module).__name__} has no weight that opnorm knows; pass name=... and norm='reshaped'")
+            raise ArgumentError(
+                f"{type(module).__name__} has no weight that opnorm knows; pass name=... and norm='reshaped'"
+            )
         for owner, weight_name in found:
             spectral_norm(
                 owner, weight_name, n_power_iterations, eps, dim if owner is module else None, lipschitz=lipschitz,
@@ -93,6 +96,7 @@ def spectral_norm(
         rule.triple(raw)
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
+    follow_shards(module.parametrizations[name].original, module.parametrizations[name], "original")  # type: ignore[index]
     module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)
     return module
 
@@ -113,7 +117,7 @@ def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> Module
         >>> layer = opnorm.spectral_norm(torch.nn.Linear(4, 4))
         >>> type(opnorm.remove_spectral_norm(layer)).__name__, "weight" in dict(layer.named_parameters())
         ('Linear', True)
-    """  # noqa: DOC502
+    """
     if name is None:
         pairs = weights_of(module) or [(module, other) for other in getattr(module, "parametrizations", {})]
         found = [(owner, other) for owner, other in pairs if rule_of(owner, other) is not None]
@@ -164,9 +168,13 @@ def _check(
     if learn_scale and mode == "clip":
         raise ArgumentError("learn_scale=True needs mode='divide': a clipped weight may be smaller than any scale")
     if rule_of(module, name) is not None:
-        raise ArgumentError(f"{label} is already normalised by opnorm; call opnorm.remove_spectral_norm first to change it")
+        raise ArgumentError(
+            f"{label} is already normalised by opnorm; call opnorm.remove_spectral_norm first to change it"
+        )
     if uses_torch(module, name):
-        raise ArgumentError(f"{label} is normalised by torch's spectral_norm; opnorm.convert(model) turns it into opnorm's")
+        raise ArgumentError(
+            f"{label} is normalised by torch's spectral_norm; opnorm.convert(model) turns it into opnorm's"
+        )
 
 
 def uses_torch(module: nn.Module, name: str) -> bool:

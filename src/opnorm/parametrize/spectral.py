@@ -11,7 +11,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
-from opnorm.parametrize import blocks, compiled, frequencies, sampled, values
+from opnorm.parametrize import blocks, compiled, frequencies, sampled, sharding, values
 from opnorm.parametrize.blocks import Block, Triple
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import Divide, ScaledLinear, composed
@@ -52,7 +52,15 @@ class SpectralNormalization(nn.Module):
     """
 
     def __init__(
-        self, view: View, lipschitz: float, mode: Mode, iterations: Iterations, label: str, *, learn_scale: bool, norm: str
+        self,
+        view: View,
+        lipschitz: float,
+        mode: Mode,
+        iterations: Iterations,
+        label: str,
+        *,
+        learn_scale: bool,
+        norm: str,
     ) -> None:
         """Hold what does not change; `follow` sets the estimate."""
         super().__init__()
@@ -82,7 +90,7 @@ class SpectralNormalization(nn.Module):
         """Return the normalised weight; in eager mode it is computed when it is read."""
         if torch.compiler.is_compiling():
             return self._in_graph(weight)
-        if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(weight):
+        if torch.jit.is_tracing() or sharding.is_sharded(weight) or torch._C._functorch.is_functorch_wrapped_tensor(weight):
             return self.value(weight)
         return NormalizedWeight(self, weight)
 
@@ -99,6 +107,8 @@ class SpectralNormalization(nn.Module):
         if stored is not None and not differentiable:
             return stored
         triple = self.triple(weight)
+        if sharding.is_sharded(weight):
+            return self._composed(weight, sharding.spread(triple, weight), stored)
         if weight.is_complex() or torch._C._are_functorch_transforms_active() or self.view.axis:
             return self._composed(weight, triple, stored)
         matrices = self.view.matrices(weight)
@@ -114,7 +124,7 @@ class SpectralNormalization(nn.Module):
         same = isinstance(x, Tensor) and x.dtype == raw.dtype == values.compute_dtype(raw) and not raw.is_complex()
         if not (plain and same) or weight._value is not None or torch.is_autocast_enabled(raw.device.type):
             return None
-        if torch._C._are_functorch_transforms_active() or view.sampled or raw.ndim != 2:  # noqa: PLR2004
+        if torch._C._are_functorch_transforms_active() or view.sampled or raw.ndim != 2:
             return None
         flat = x.reshape(-1, x.shape[-1])
         out = ScaledLinear.apply(flat, raw, bias, self.triple(raw), self.lipschitz, self.mode == "clip")
@@ -146,7 +156,9 @@ class SpectralNormalization(nn.Module):
 
     def _in_graph(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            raise ArgumentError(f"{self.label} is normalised: export opnorm.fold(model), whose weights are plain and proved")
+            raise ArgumentError(
+                f"{self.label} is normalised: export opnorm.fold(model), whose weights are plain and proved"
+            )
         if not self.training:
             bound = self._bound()
             stored = compiled.deployed(weight.detach(), self._number, None if bound is None else bound.detach())
@@ -174,10 +186,12 @@ class SpectralNormalization(nn.Module):
     def triple(self, weight: Tensor) -> Triple:
         """Return the estimate for this value of the weight, refreshed if the value is new."""
         key = values.key(weight, self._epoch)
-        if self._triple is not None and key == self._key:
+        unchanged = self._key is not None and values.same(self._key, key)
+        if self._triple is not None and not sharding.agreed(weight, not unchanged):
             return self._triple
         dtype = values.compute_dtype(weight)
-        afresh = self._triple is None or self._key is None or self.y is None or values.far(self._key, key)
+        known = self._triple is not None and self._key is not None and self.y is not None
+        afresh = sharding.agreed(weight, not known or values.far(self._key, key))
         try:
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
                 raw = weight.detach().to(dtype)
@@ -248,17 +262,19 @@ class SpectralNormalization(nn.Module):
 
         Raises:
             WeightError: if the weight holds NaN or infinite values.
-        """  # noqa: DOC502
+        """
         lipschitz = self.lipschitz if bound is None else float(bound.detach())
         key = values.key(weight, self._epoch)
         if self._stored is not None and self._stored[2] == lipschitz:
-            if key == self._stored[0] and not self._verify:
+            if not sharding.agreed(weight, self._verify or not values.same(self._stored[0], key)):
                 return self._stored[3]
-            if self._stored[3].device == weight.device and values.fingerprint(weight) == self._stored[1]:
+            same = self._stored[3].device == weight.device and values.fingerprint(weight) == self._stored[1]
+            if not sharding.agreed(weight, not same):
                 self._stored, self._verify = (key, *self._stored[1:]), False
                 return self._stored[3]
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
-            result = deploy(self.view, weight, lipschitz, self.mode, self.label)
+            whole = deploy(self.view, sharding.gathered(weight), lipschitz, self.mode, self.label)
+            result = sharding.as_before(whole, weight)
         self._stored, self._verify = (key, values.fingerprint(weight), lipschitz, result), False
         return result
 
@@ -283,7 +299,11 @@ class SpectralNormalization(nn.Module):
         """Say so where a checkpoint was trained under another K, mode or norm; the layer keeps its own."""
         there = json.loads(bytes(state.tolist()).decode()) if state.numel() else {}
         here = {"lipschitz": self.lipschitz, "mode": self.mode, "norm": self.norm}
-        differing = [f"{name} {there[name]!r} (here {here[name]!r})" for name in here if there.get(name, here[name]) != here[name]]
+        differing = [
+            f"{name} {there[name]!r} (here {here[name]!r})"
+            for name in here
+            if there.get(name, here[name]) != here[name]
+        ]
         if differing:
             warnings.warn(f"{self.label}: the checkpoint was normalised with {', '.join(differing)}", stacklevel=2)
         self.renew()

@@ -6,7 +6,11 @@ from torch import Tensor, nn
 
 
 def adopt_state(
-    name: str, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any  # noqa: ANN401 - torch's hook
+    name: str,
+    module: nn.Module,
+    state: dict[str, Tensor],
+    prefix: str,
+    *_: Any,
 ) -> None:
     """Rename the keys of one weight in place, before the layer loads them.
 

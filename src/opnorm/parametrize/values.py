@@ -1,11 +1,23 @@
 """When is a weight new? Keys and fingerprints of the values of a tensor."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from opnorm.parametrize.sharding import local
+
 _SAMPLE = 64
 
-Key = tuple[object, ...]
+
+class Key(NamedTuple):
+    """What tells whether a weight is new."""
+
+    version: int
+    pointer: int
+    epoch: int
+    kind: tuple[object, ...]
+    sample: tuple[float, ...] | None
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -28,20 +40,35 @@ def sample(weight: Tensor) -> tuple[float, ...] | None:
 
 def key(weight: Tensor, epoch: int) -> Key:
     """What stays the same as long as nobody wrote to the weight."""
+    weight = local(weight)
     version = -1 if weight.is_inference() else weight._version
-    return (version, weight.data_ptr(), epoch, weight.dtype, weight.device, sample(weight))
+    return Key(version, weight.data_ptr(), epoch, (weight.dtype, weight.device), sample(weight))
+
+
+def same(old: Key, new: Key) -> bool:
+    """Whether nobody wrote to a weight: neither in place nor, as far as the sample tells, in any other way.
+
+    A weight that moved in memory with its values, as sharded parameters do before every forward, is the same.
+    """
+    if old.epoch != new.epoch or old.kind != new.kind or old.sample != new.sample:
+        return False
+    if old.pointer != new.pointer:
+        return old.sample is not None
+    return old.version == new.version
 
 
 def far(old: Key, new: Key) -> bool:
-    """Whether a weight moved by more than half of its size: another weight, rather than a step of training."""
-    before, after = old[-1], new[-1]
-    if before is None and after is None:
-        return False
-    if not isinstance(before, tuple) or not isinstance(after, tuple) or len(before) != len(after):
-        return True
+    """Whether a new value is another weight rather than the next step of training: then the estimate starts afresh.
+
+    That is one that moved by more than half of its size, or one whose sample did not move at all: the same weight
+    loaded again, so that every process that loads it computes the same estimate.
+    """
+    before, after = old.sample, new.sample
+    if before is None or after is None or len(before) != len(after):
+        return before is not after
     size = sum(x * x for x in before)
     moved = sum((x - y) ** 2 for x, y in zip(before, after, strict=True))
-    return not moved <= 0.25 * size
+    return not 0 < moved <= 0.25 * size
 
 
 def fingerprint(weight: Tensor) -> tuple[int, ...]:
@@ -49,6 +76,7 @@ def fingerprint(weight: Tensor) -> tuple[int, ...]:
 
     Two passes over the weight, as integers, so that nothing is rounded away.
     """
+    weight = local(weight)
     real = torch.view_as_real(weight.detach().resolve_conj()) if weight.is_complex() else weight.detach()
     size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
     bits = real.contiguous().view(size).reshape(real.shape[0], -1)
