@@ -107,14 +107,14 @@ def converge(matrices: Tensor, width: int, *, tolerance: float = 1e-4, most: int
 
 
 def iterate(
-    advance: Callable[[Block], tuple[Block, Triple]], block: Block, *, tolerance: float, most: int
+    advance: Callable[[Block], tuple[Block, Triple]], block: Block, *, tolerance: float, most: int, least: int = 1
 ) -> tuple[Block, Triple]:
-    """Advance until the gain grows by less than a tenth of the tolerance, at least once."""
+    """Advance until the gain grows by less than a tenth of the tolerance."""
     block, triple = advance(block)
-    for _ in range(most - 1):
+    for done in range(1, most):
         before = triple.sigma
         block, triple = advance(block)
-        if not bool((triple.sigma > before * (1 + tolerance / 10)).any()):
+        if done >= least and not bool((triple.sigma > before * (1 + tolerance / 10)).any()):
             break
     return block, triple
 

@@ -4,6 +4,8 @@ Whether a weight is new can only be told when the graph runs. The operations fin
 as a graph cannot hold the object itself.
 """
 
+import threading
+from contextlib import AbstractContextManager
 from itertools import count
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -28,6 +30,32 @@ def enrol(owner: "SpectralNormalization") -> int:
     return number
 
 
+def _ordinary_keys() -> list[object]:
+    """The dispatch keys that are in force in a thread that has just begun."""
+    found: list[object] = []
+
+    def read() -> None:
+        found.extend([torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()])
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    return found
+
+
+def _ordinary_dispatch() -> AbstractContextManager[None]:
+    """Compute as outside a graph.
+
+    A compiled graph runs its operations with lazy conjugation switched off: `x * y.conj()` silently loses the
+    conjugation there (torch 2.13), and a proof would be one of something else.
+    """
+    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(*_ORDINARY)
+    return guard
+
+
+_ORDINARY = _ordinary_keys()
+
+
 def _owner(number: int) -> "SpectralNormalization":
     try:
         return _owners[number]
@@ -41,7 +69,8 @@ def _owner(number: int) -> "SpectralNormalization":
 @torch.library.custom_op("opnorm::triple", mutates_args=())
 def triple(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """The gain, left and right vectors of the training estimate, refreshed when the weight is new."""
-    found = _owner(number).triple(weight)
+    with _ordinary_dispatch():
+        found = _owner(number).triple(weight)
     right = weight.new_empty(0) if found.right is None else found.right.clone()
     return found.sigma.clone(), found.left.clone(), right
 
@@ -66,7 +95,8 @@ def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op("opnorm::deployed", mutates_args=())
 def deployed(weight: Tensor, number: int, scale: Tensor | None) -> Tensor:
     """The proved weight, computed when the raw one is new."""
-    return _owner(number).deployed(weight, scale).clone()
+    with _ordinary_dispatch():
+        return _owner(number).deployed(weight, scale).clone()
 
 
 @deployed.register_fake

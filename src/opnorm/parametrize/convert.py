@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.families import Norm
-from opnorm.parametrize.register import spectral_norm
+from opnorm.parametrize.register import detach_parametrization, spectral_norm
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -55,7 +54,7 @@ def convert(model: ModelT, *, norm: Norm = "reshaped", lipschitz: float = 1.0, m
                 raise ArgumentError(
                     f"{type(module).__name__}.{name} has other parametrizations too; remove those first"
                 )
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            detach_parametrization(module, name)
         dim = rule.dim if norm == "reshaped" else None
         spectral_norm(module, name, rule.n_power_iterations, dim=dim, lipschitz=lipschitz, mode=mode, norm=norm)
     return model

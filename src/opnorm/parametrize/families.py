@@ -107,7 +107,9 @@ def _border_matters(operator: Conv | ConvTranspose) -> bool:
     conv = operator.conv if isinstance(operator, ConvTranspose) else operator
     if conv.mode in {"reflect", "replicate"}:
         return True
-    if operator.spatial is None or (prod(conv.kernel) == 1 and max(conv.stride) == 1 and not any(map(any, conv.padding))):
+    if operator.spatial is None or (
+        prod(conv.kernel) == 1 and max(conv.stride) == 1 and not any(map(any, conv.padding))
+    ):
         return False
     if conv.mode == "circular":
         return not all(

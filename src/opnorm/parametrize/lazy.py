@@ -25,7 +25,20 @@ _DESCRIBE = frozenset(
     }
 )
 _OVERWRITE = frozenset(
-    ["bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_", "requires_grad_", "uniform_", "zero_"]
+    [
+        "bernoulli_",
+        "cauchy_",
+        "copy_",
+        "exponential_",
+        "fill_",
+        "geometric_",
+        "log_normal_",
+        "normal_",
+        "random_",
+        "requires_grad_",
+        "uniform_",
+        "zero_",
+    ]
 )
 _VIEWS = frozenset({"view", "view_as", "reshape", "flatten", "t", "transpose", "permute", "__getitem__", "detach"})
 

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
-from opnorm.parametrize.sharding import follow_shards
+from opnorm.parametrize.sharding import follow_shards, local
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.states import adopt_state
 
@@ -90,13 +90,13 @@ def spectral_norm(
     rule = SpectralNormalization(
         view, float(lipschitz), mode, n_power_iterations, label, learn_scale=learn_scale, norm=norm
     ).to(raw.device)
-    if raw.device.type != "meta":
-        if not bool(torch.isfinite(raw).all()):
-            raise WeightError(f"{label} holds NaN or infinite values; repair it before normalising it")
-        rule.triple(raw)
+    if raw.device.type != "meta" and not bool(torch.isfinite(local(raw)).all()):
+        raise WeightError(f"{label} holds NaN or infinite values; repair it before normalising it")
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
     follow_shards(module.parametrizations[name].original, module.parametrizations[name], "original")  # type: ignore[index]
+    if raw.device.type != "meta":
+        rule.triple(module.parametrizations[name].original)  # type: ignore[index, arg-type, union-attr]
     module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)
     return module
 
@@ -134,7 +134,7 @@ def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> Module
         raise ArgumentError(f"{rule.label} has other parametrizations besides opnorm's; remove those first")
     raw: Tensor = chain.original
     value = rule.deployed(raw, rule._bound()).clone()
-    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    detach_parametrization(module, name)
     with torch.no_grad():
         raw.copy_(value)
     hooks = module._load_state_dict_pre_hooks
@@ -143,6 +143,29 @@ def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> Module
         if isinstance(inner, partial) and inner.func is adopt_state and inner.args == (name,):
             del hooks[number]
     return module
+
+
+def detach_parametrization(module: nn.Module, name: str) -> None:
+    """Make the raw tensor of a parametrized weight a plain parameter of the layer again.
+
+    `torch.nn.utils.parametrize.remove_parametrizations` deletes the property from the layer's class, which a deep
+    copy of the layer shares: removing it from a copy would break the original.
+    """
+    cls = type(module)
+    raw: Tensor = module.parametrizations[name].original  # type: ignore[index, union-attr]
+    del module.parametrizations[name]  # type: ignore[union-attr]
+    if len(module.parametrizations):  # type: ignore[arg-type]
+        kept = {key: value for key, value in vars(cls).items() if key not in {name, "__dict__", "__weakref__"}}
+        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+    else:
+        del module.parametrizations
+        module.__class__ = cls.__bases__[0]
+    if isinstance(raw, nn.Parameter):
+        module.register_parameter(name, raw)
+    else:
+        module.register_buffer(name, raw)
+    if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
+        module._init_flat_weights()  # it keeps a list of its weights
 
 
 def rule_of(module: nn.Module, name: str = "weight") -> SpectralNormalization | None:

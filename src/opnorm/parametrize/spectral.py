@@ -90,7 +90,11 @@ class SpectralNormalization(nn.Module):
         """Return the normalised weight; in eager mode it is computed when it is read."""
         if torch.compiler.is_compiling():
             return self._in_graph(weight)
-        if torch.jit.is_tracing() or sharding.is_sharded(weight) or torch._C._functorch.is_functorch_wrapped_tensor(weight):
+        if (
+            torch.jit.is_tracing()
+            or sharding.is_sharded(weight)
+            or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        ):
             return self.value(weight)
         return NormalizedWeight(self, weight)
 
@@ -214,13 +218,15 @@ class SpectralNormalization(nn.Module):
         if not self.view.sampled:
             return blocks.converge(self.view.matrices(raw), WIDTH)
         block = sampled.start(self.view, raw, WIDTH)
-        return blocks.iterate(lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=100)
+        return blocks.iterate(
+            lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=100, least=8
+        )
 
     def _advanced(self, raw: Tensor, dtype: torch.dtype) -> tuple[Block, Triple]:
         block = self._block(dtype)
         if self.iterations == "adaptive":
             return blocks.iterate(
-                lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=ADAPTIVE_MOST
+                lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=ADAPTIVE_MOST, least=4
             )
         for _ in range(self.iterations):
             block, triple = self._step(raw, block)
@@ -232,7 +238,8 @@ class SpectralNormalization(nn.Module):
         matrices = self.view.matrices(raw)
         if self.view.frequencies:
             self._turn += 1
-            return frequencies.step(self.view, matrices, block, self._turn)
+            turn = None if self.iterations == "adaptive" else self._turn
+            return frequencies.step(self.view, matrices, block, turn)
         return blocks.step(matrices, block)
 
     def _joined(self, triple: Triple) -> Triple:

@@ -60,9 +60,11 @@ def same(old: Key, new: Key) -> bool:
 def far(old: Key, new: Key) -> bool:
     """Whether a new value is another weight rather than the next step of training: then the estimate starts afresh.
 
-    That is one that moved by more than half of its size, or one whose sample did not move at all: the same weight
-    loaded again, so that every process that loads it computes the same estimate.
+    That is one that moved by more than half of its size, or one that was written but whose sample did not move at
+    all: the same weight loaded again, so that every process that loads it computes the same estimate.
     """
+    if old.epoch != new.epoch and old.sample == new.sample:
+        return False
     before, after = old.sample, new.sample
     if before is None or after is None or len(before) != len(after):
         return before is not after
