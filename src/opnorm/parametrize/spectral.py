@@ -23,7 +23,7 @@ Iterations = int | Literal["adaptive"]
 WIDTH = 8
 """Vectors in the block of a matrix: at one iteration a step, 8 follow a weight ten times closer than one."""
 
-CONV_WIDTH = 3
+CONV_WIDTH = 4
 """Vectors at the frequency of a convolution, which scouts at other frequencies add to."""
 
 ADAPTIVE_TOLERANCE = 1e-4
