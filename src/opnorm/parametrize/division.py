@@ -94,7 +94,10 @@ def subtract_direction_(result: Tensor, triple: Triple, weights: Tensor) -> Tens
 
 
 class ScaledLinear(Function):
-    """`x (W / d)^T + b` without ever writing `W / d`: the input is divided, and the update rides along as one row."""
+    """`x (W / d)^T + b` without ever writing `W / d`; the low-rank update rides along as one more row.
+
+    Input and output are divided by the root of d each, so that nothing overflows for very small or large weights.
+    """
 
     @staticmethod
     def forward(
@@ -107,10 +110,12 @@ class ScaledLinear(Function):
         clip: bool,
     ) -> Tensor:
         """Apply to x of shape (n, columns)."""
-        scaled = x / divisor(triple.sigma, lipschitz, clip)
+        root = divisor(triple.sigma, lipschitz, clip).sqrt()
+        scaled = x / root
         ctx.triple, ctx.lipschitz, ctx.clip, ctx.has_bias = triple, lipschitz, clip, bias is not None
         ctx.save_for_backward(x, weight, scaled)
-        return torch.nn.functional.linear(scaled, weight, bias)
+        result = torch.mm(scaled, weight.mT).div_(root)
+        return result if bias is None else result.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,15 +128,17 @@ class ScaledLinear(Function):
             return (*_again(x, weight, gradient, triple, lipschitz, clip, needs), *none)
         grad_x = grad_weight = along = None
         grad_bias = gradient.sum(0) if ctx.has_bias and needs[2] else None
+        root = divisor(triple.sigma, lipschitz, clip).sqrt()
+        pulled = gradient / root
         if needs[0]:
-            grad_x = (gradient @ weight) / divisor(triple.sigma, lipschitz, clip)
+            grad_x = torch.mm(pulled, weight).div_(root)
             along = torch.linalg.vecdot(grad_x.flatten(), x.flatten())[None] if needs[1] else None
         if needs[1] and along is not None:
             share = coefficient(triple.sigma, lipschitz, clip, along)
-            rows = torch.cat([gradient, triple.left[0].mT * -share])
+            rows = torch.cat([pulled, triple.left[0].mT * -share])
             grad_weight = rows.mT @ torch.cat([scaled, triple.right[0].mT])
         elif needs[1]:
-            grad_weight = gradient.mT @ scaled
+            grad_weight = pulled.mT @ scaled
             along = torch.linalg.vecdot(grad_weight.flatten(), weight.flatten())[None]
             share = coefficient(triple.sigma, lipschitz, clip, along)
             subtract_direction_(grad_weight[None], triple, share)

@@ -1,11 +1,11 @@
 """Which weights of a layer can be normalised, and how each is read as a linear map."""
 
-import copy
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError, WeightError
 from opnorm.layers import to_operator
@@ -87,18 +87,19 @@ def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Sh
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """The layer without hooks and with finite values: what is asked is its geometry."""
-    other = copy.copy(module)
+    """A layer of the same geometry without hooks, parametrizations and values."""
+    cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    other = cls.__new__(cls)
     other.__dict__ = {
         **module.__dict__,
-        "_parameters": dict(module._parameters),
+        "_parameters": {},
+        "_modules": {},
         "_forward_hooks": {},
         "_forward_pre_hooks": {},
     }
-    held = other._parameters.get("weight")
-    if held is not None:
-        shape = held.shape
-        other._parameters["weight"] = nn.Parameter(torch.zeros((), dtype=held.dtype).expand(shape), requires_grad=False)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    zero = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+    other._parameters.update(weight=nn.Parameter(zero, requires_grad=False), bias=None)
     return other
 
 

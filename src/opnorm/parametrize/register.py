@@ -92,6 +92,7 @@ def spectral_norm(
     ).to(raw.device)
     if raw.device.type != "meta" and not bool(torch.isfinite(local(raw)).all()):
         raise WeightError(f"{label} holds NaN or infinite values; repair it before normalising it")
+    rule.order = tuple(module._parameters)
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
     follow_shards(module.parametrizations[name].original, module.parametrizations[name], "original")  # type: ignore[index]
@@ -133,8 +134,12 @@ def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> Module
     if len(chain) > 1:
         raise ArgumentError(f"{rule.label} has other parametrizations besides opnorm's; remove those first")
     raw: Tensor = chain.original
-    value = rule.deployed(raw, rule._bound()).clone()
+    value = rule.deployed(raw, rule.bound()).clone()
     detach_parametrization(module, name)
+    places = {other: place for place, other in enumerate(rule.order)}
+    held = sorted(module._parameters.items(), key=lambda item: places.get(item[0], -1))
+    module._parameters.clear()
+    module._parameters.update(held)
     with torch.no_grad():
         raw.copy_(value)
     hooks = module._load_state_dict_pre_hooks

@@ -48,6 +48,7 @@ class SpectralNormalization(nn.Module):
         mode: "divide", or "clip": divide only what is larger than K.
         iterations: of the estimate, for each new value.
         label: the layer and the weight, for messages.
+        order: the parameters of the layer before it was normalised, for putting them back in their places.
         scale: with `learn_scale`, the parameter theta of the scale `K sigmoid(theta)`.
     """
 
@@ -66,6 +67,7 @@ class SpectralNormalization(nn.Module):
         super().__init__()
         self.view, self.lipschitz, self.mode, self.iterations = view, lipschitz, mode, iterations
         self.label, self.norm = label, norm
+        self.order: tuple[str, ...] = ()
         self.scale = nn.Parameter(torch.tensor(5.0)) if learn_scale else None
         for name in ("y", "omega", "scouts"):
             self.register_buffer(name, None, persistent=False)
@@ -107,7 +109,7 @@ class SpectralNormalization(nn.Module):
         if torch._C._functorch.is_functorch_wrapped_tensor(weight):
             return self._transformed(weight)
         differentiable = torch.is_grad_enabled() and (weight.requires_grad or self.scale is not None)
-        stored = None if self.training else self.deployed(weight, self._bound())
+        stored = None if self.training else self.deployed(weight, self.bound())
         if stored is not None and not differentiable:
             return stored
         triple = self.triple(weight)
@@ -138,12 +140,12 @@ class SpectralNormalization(nn.Module):
     def _divided_to(self) -> float:
         return 1.0 if self.scale is not None else self.lipschitz
 
-    def _bound(self) -> Tensor | None:
+    def bound(self) -> Tensor | None:
         """The scale that a learned one has now, at most K."""
         return None if self.scale is None else self.lipschitz * torch.sigmoid(self.scale)
 
     def _scaled(self, weight: Tensor, stored: Tensor | None) -> Tensor:
-        bound = self._bound()
+        bound = self.bound()
         if bound is None:
             return weight
         return weight * (bound if stored is None else bound / bound.detach()).to(weight.dtype)
@@ -153,7 +155,7 @@ class SpectralNormalization(nn.Module):
         value = composed(matrices, triple, self._divided_to, self.mode == "clip").to(weight.dtype)
         plain = self.view.weight(value, weight.shape)
         if stored is not None:  # the proved value, with the gradient of the estimate
-            bound = self._bound()
+            bound = self.bound()
             plain = plain if bound is None else plain * bound.detach().to(plain.dtype)
             plain = stored + (plain - plain.detach())
         return self._scaled(plain, stored)
@@ -164,7 +166,7 @@ class SpectralNormalization(nn.Module):
                 f"{self.label} is normalised: export opnorm.fold(model), whose weights are plain and proved"
             )
         if not self.training:
-            bound = self._bound()
+            bound = self.bound()
             stored = compiled.deployed(weight.detach(), self._number, None if bound is None else bound.detach())
             if not (torch.is_grad_enabled() and weight.requires_grad):
                 return stored
@@ -238,8 +240,7 @@ class SpectralNormalization(nn.Module):
         matrices = self.view.matrices(raw)
         if self.view.frequencies:
             self._turn += 1
-            turn = None if self.iterations == "adaptive" else self._turn
-            return frequencies.step(self.view, matrices, block, turn)
+            return frequencies.step(self.view, matrices, block, self._turn)
         return blocks.step(matrices, block)
 
     def _joined(self, triple: Triple) -> Triple:
