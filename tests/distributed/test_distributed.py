@@ -4,7 +4,6 @@ import os
 import socket
 import warnings
 
-import opnorm
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import opnorm
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 

@@ -2,11 +2,12 @@
 
 import copy
 
-import opnorm
 import pytest
 import torch
-from parametrize.oracle import layer_norm, matrix_norm
 from torch import nn
+
+import opnorm
+from parametrize.oracle import layer_norm, matrix_norm
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 16), (24,)),

@@ -7,13 +7,14 @@ the failure; one that starts to fail means that torch was mended.
 import copy
 import pickle
 
-import opnorm
 import pytest
 import torch
-from parametrize.oracle import layer_norm, matrix_norm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+
+import opnorm
+from parametrize.oracle import layer_norm, matrix_norm
 
 hook = nn.utils.spectral_norm
 param = nn.utils.parametrizations.spectral_norm

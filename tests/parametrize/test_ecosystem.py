@@ -2,14 +2,15 @@
 
 import copy
 
-import opnorm
 import pytest
 import torch
-from parametrize.oracle import matrix_norm
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+
+import opnorm
+from parametrize.oracle import matrix_norm
 
 
 def network():

@@ -3,14 +3,15 @@
 import copy
 
 import numpy as np
-import opnorm
 import pytest
 import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parametrize.oracle import layer_norm, matrix_norm
 from torch import nn
+
+import opnorm
+from parametrize.oracle import layer_norm, matrix_norm
 
 
 def symbol_norm(weight, stride, dilation, groups, count):

@@ -3,11 +3,12 @@
 import copy
 import io
 
-import opnorm
 import pytest
 import torch
-from parametrize.oracle import matrix_norm
 from torch import nn
+
+import opnorm
+from parametrize.oracle import matrix_norm
 
 hook, param = nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm
 
@@ -104,5 +105,5 @@ def test_missing_weights_are_still_missing():
 @pytest.mark.parametrize("wrap", [hook, param, opnorm.spectral_norm], ids=["hook", "param", "opnorm"])
 def test_normalising_twice_is_refused_with_the_way_out(wrap):
     layer = wrap(nn.Linear(3, 3))
-    with pytest.raises(opnorm.errors.ArgumentError, match="convert|remove_spectral_norm"):
+    with pytest.raises(opnorm.errors.ArgumentError, match=r"convert|remove_spectral_norm"):
         opnorm.spectral_norm(layer)

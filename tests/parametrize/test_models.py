@@ -2,11 +2,12 @@
 
 import copy
 
-import opnorm
 import pytest
 import torch
-from parametrize.oracle import matrix_norm
 from torch import nn
+
+import opnorm
+from parametrize.oracle import matrix_norm
 
 
 class Residual(nn.Module):

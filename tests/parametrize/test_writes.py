@@ -1,10 +1,11 @@
 """Writing to `layer.weight`: initialisation and assignment reach the raw weight, everything else says so."""
 
-import opnorm
 import pytest
 import torch
-from parametrize.oracle import matrix_norm
 from torch import nn
+
+import opnorm
+from parametrize.oracle import matrix_norm
 
 INITS = {
     **{

@@ -19,16 +19,16 @@ def fold_batch_norms(model: nn.Module, example_input: Any) -> None:
     """Replace every BatchNorm that alone reads a linear layer's output by that layer with other weights, in place.
 
     Raises:
-        ArgumentError: if the model's output on `example_input` changes by it (a layer's output is used elsewhere, say);
-            the model is left as it was.
+        ArgumentError: if that changes the model's output on `example_input`, as where a layer's output is used
+            elsewhere too; the model is left as it was.
     """
     twin = copy.deepcopy(model)
     _fold_all(twin, example_input)
     before, after = _output(model, example_input), _output(twin, example_input)
     if not torch.allclose(before, after, rtol=TOLERANCE, atol=TOLERANCE * float(before.abs().max())):
         raise ArgumentError(
-            "folding BatchNorm changes the model's output on example_input: the output of a layer before a BatchNorm is "
-            "used elsewhere too; leave fold_batch_norm out"
+            "folding BatchNorm changes the model's output on example_input: the output of a layer before one is used "
+            "elsewhere too; leave fold_batch_norm out"
         )
     _fold_all(model, example_input)
 
@@ -45,7 +45,7 @@ def _fold_all(model: nn.Module, example_input: Any) -> None:
             setattr(model.get_submodule(parent), name, nn.Identity())
 
 
-def _fold(layer: nn.Module, norm: nn.Module) -> None:
+def _fold(layer: Any, norm: Any) -> None:  # the classes were checked
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     if isinstance(layer, nn.Linear):
         weight, bias = fuse_linear_bn_weights(layer.weight, layer.bias, *statistics)

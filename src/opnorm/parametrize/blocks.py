@@ -54,7 +54,8 @@ def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
 def ritz_rotation(y: Tensor) -> Tensor:
     """The rotation of orthonormal left vectors that makes them Ritz vectors, the best first."""
     unit = y / _nonzero(y.abs().amax((1, 2), keepdim=True))
-    return torch.linalg.eigh(unit.mH @ unit)[1].flip(-1)
+    vectors: Tensor = torch.linalg.eigh(unit.mH @ unit)[1]
+    return vectors.flip(-1)
 
 
 def unit_columns(y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ as a graph cannot hold the object itself.
 import threading
 from contextlib import AbstractContextManager
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,9 +30,9 @@ def enrol(owner: "SpectralNormalization") -> int:
     return number
 
 
-def _ordinary_keys() -> list[object]:
+def _ordinary_keys() -> list[Any]:
     """The dispatch keys that are in force in a thread that has just begun."""
-    found: list[object] = []
+    found: list[Any] = []
 
     def read() -> None:
         found.extend([torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()])

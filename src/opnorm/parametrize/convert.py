@@ -9,6 +9,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
+from opnorm.parametrize.chains import chain_of
 from opnorm.parametrize.families import Norm
 from opnorm.parametrize.register import detach_parametrization, spectral_norm
 
@@ -50,7 +51,7 @@ def convert(model: ModelT, *, norm: Norm = "reshaped", lipschitz: float = 1.0, m
         if isinstance(rule, SpectralNorm):
             _remove_hook(module, name, rule)
         else:
-            if len(module.parametrizations[name]) > 1:  # type: ignore[index]
+            if len(chain_of(module, name)) > 1:
                 raise ArgumentError(
                     f"{type(module).__name__}.{name} has other parametrizations too; remove those first"
                 )

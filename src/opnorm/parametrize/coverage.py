@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from opnorm.parametrize.chains import rule_of
 from opnorm.parametrize.families import weights_of
 from opnorm.parametrize.flow import Flow, run_once, sequence
-from opnorm.parametrize.register import rule_of, uses_torch
+from opnorm.parametrize.register import uses_torch
 from opnorm.parametrize.spectral import SpectralNormalization
 
 Status = Literal["normalised", "bounded", "inert", "skipped"]
@@ -73,10 +74,11 @@ def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
         0.parametrizations.weight.original  normalised  Linear.weight, operator norm 1
         1.weight                          skipped     not normalised
         1.bias                            bounded     a bias does not change distances
+        2 bounded, 1 normalised, 1 skipped
     """
     flow = sequence(model) if example_input is None else run_once(model, example_input)
     rules = {
-        id(parameter): (rule_of(module, name), module, name)
+        id(parameter): (rule_of(module, name), module)
         for module in model.modules()
         for name, chain in getattr(module, "parametrizations", {}).items()
         for parameter in chain.parameters()
@@ -85,7 +87,7 @@ def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
     rows = []
     for path, parameter in model.named_parameters():
         owner = _owner(model, path)
-        status, reason = _judged(owner, path.rpartition(".")[2], parameter, rules, known, flow)
+        status, reason = _judged(owner, path.rpartition(".")[2], parameter, rules=rules, known=known, flow=flow)
         rows.append(Row(path, tuple(parameter.shape), status, reason))
     return Coverage(tuple(rows))
 
@@ -95,10 +97,11 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
 
 
 def _judged(
-    owner: nn.Module, name: str, parameter: nn.Parameter, rules: dict[int, Any], known: set[int], flow: Flow
+    owner: nn.Module, name: str, parameter: nn.Parameter, *, rules: dict[int, Any], known: set[int], flow: Flow
 ) -> tuple[Status, str]:
     if id(parameter) in rules:
-        return _of_rule(*rules[id(parameter)], parameter, flow)
+        rule, module = rules[id(parameter)]
+        return _of_rule(rule, module, parameter, flow)
     if uses_torch(owner, name.removesuffix("_orig")):
         return "skipped", "normalised by torch's spectral_norm, an estimate; opnorm.convert(model) proves it"
     if "bias" in name:
@@ -113,10 +116,10 @@ def _judged(
 
 
 def _of_rule(
-    rule: SpectralNormalization | None, module: nn.Module, name: str, parameter: nn.Parameter, flow: Flow
+    rule: SpectralNormalization | None, module: nn.Module, parameter: nn.Parameter, flow: Flow
 ) -> tuple[Status, str]:
     if rule is None:
-        return "skipped", f"{type(module).__name__}.{name} has another parametrization"
+        return "skipped", f"this weight of {type(module).__name__} has another parametrization"
     if parameter is rule.scale:
         return "bounded", f"the learned scale is at most {rule.lipschitz:g}"
     undone = undoing(module, flow)

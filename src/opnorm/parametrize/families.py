@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError, WeightError
@@ -53,7 +54,7 @@ def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_sha
     label = f"{type(module).__name__}.{name}"
     if not isinstance(weight, Tensor):
         raise ArgumentError(f"{label} is not a tensor; this layer has {_choices(module)}")
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(weight):
         raise WeightError(f"{label} has no values before the first call; call the model once on an input, then wrap it")
     if not (weight.is_floating_point() or weight.is_complex()):
         raise WeightError(f"{label} has the dtype {weight.dtype}, which cannot be divided; normalise the float layer")
@@ -89,7 +90,7 @@ def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Sh
 def _bare(module: nn.Module) -> nn.Module:
     """A layer of the same geometry without hooks, parametrizations and values."""
     cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
-    other = cls.__new__(cls)
+    other: nn.Module = object.__new__(cls)
     other.__dict__ = {
         **module.__dict__,
         "_parameters": {},

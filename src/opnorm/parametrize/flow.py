@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def sequence(model: nn.Module) -> Flow:
     for parent in model.modules():
         if isinstance(parent, nn.Sequential):
             flat = _flatten(parent)
-            for module, reader in zip(flat, flat[1:], strict=False):
+            for module, reader in pairwise(flat):
                 flow.readers[module] = [reader]
     return flow
 

@@ -5,17 +5,8 @@ import copy
 from torch import nn
 
 from opnorm.errors import ArgumentError
-from opnorm.parametrize.register import remove_spectral_norm, rule_of
-
-
-def normalised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Return every weight that opnorm normalises: the name of the module, the module and the weight's name."""
-    return [
-        (path, module, name)
-        for path, module in model.named_modules()
-        for name in getattr(module, "parametrizations", {})
-        if rule_of(module, name) is not None
-    ]
+from opnorm.parametrize.chains import normalised
+from opnorm.parametrize.register import remove_spectral_norm
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -40,6 +31,6 @@ def fold(model: nn.Module) -> nn.Module:
     found = normalised(plain)
     if not found:
         raise ArgumentError(f"nothing in this {type(model).__name__} is normalised by opnorm; there is nothing to fold")
-    for _, module, name in found:
+    for _, module, name, _ in found:
         remove_spectral_norm(module, name)
     return plain

@@ -32,7 +32,7 @@ class Tables(NamedTuple):
 
     positions: Tensor  # shape: (taps, axes)
     residues: Tensor  # shape: (taps,)
-    count: int  # of residues
+    classes: int  # how many residues there are
     grid: Tensor  # shape: (scouts, axes)
     pairs: Tensor  # shape: (taps, taps): whether two taps share a residue
     differences: Tensor  # shape: (taps, taps, axes): p_l - p_j for the entry (j, l)
@@ -46,7 +46,7 @@ def tables(view: View, dtype: torch.dtype, device: torch.device) -> Tables:
 
 
 @lru_cache(maxsize=128)
-def _tables(
+def _tables(  # noqa: PLR0917 - a key of the cache
     positions: tuple[tuple[int, ...], ...],
     residues: tuple[int, ...],
     strides: tuple[int, ...],
@@ -150,24 +150,28 @@ def _direction(left: Tensor, lifted: Tensor, matrices: Tensor) -> tuple[Tensor, 
     return torch.cat([left.real, left.imag], -1), torch.cat([lifted.real, lifted.imag], -1)
 
 
+def _split(x: Tensor, parts: int) -> Tensor:
+    return x.reshape(x.shape[0], -1, parts, x.shape[2])
+
+
 def _spread(table: Tables, y: Tensor, phases: Tensor) -> Tensor:
     """Spread y over the taps: (blocks, columns * residues, width) -> (blocks, columns * taps, width).
 
     The phases are one for all vectors or one for each, shape (blocks, 1 or width, taps).
     """
-    spread = y.unflatten(1, (-1, table.count))
-    if table.count > 1:
+    spread = _split(y, table.classes)
+    if table.classes > 1:
         spread = spread[:, :, table.residues]
     return (spread * phases.mT[:, None]).flatten(1, 2)
 
 
 def _gather(table: Tables, z: Tensor, phases: Tensor) -> Tensor:
     """The adjoint of `_spread`."""
-    turned = z.unflatten(1, (-1, len(table.residues))) * phases.mT[:, None].conj()
-    if table.count == 1:
+    turned = _split(z, len(table.residues)) * phases.mT[:, None].conj()
+    if table.classes == 1:
         return turned.sum(2)
-    sums = turned.new_zeros(*turned.shape[:2], table.count, turned.shape[3])
-    return sums.index_add(2, table.residues, turned).flatten(1, 2)
+    sums = turned.new_zeros(*turned.shape[:2], table.classes, turned.shape[3])
+    return torch.index_add(sums, 2, table.residues, turned).flatten(1, 2)
 
 
 def _climbed(view: View, table: Tables, pulled: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +180,7 @@ def _climbed(view: View, table: Tables, pulled: Tensor, omega: Tensor) -> tuple[
     For the left vector u, `|K(w)^H u|^2 = sum_jl M_jl exp(i w.(p_l - p_j))` with M the Gram matrix of the taps,
     restricted to pairs of one residue.
     """
-    taps = pulled.unflatten(1, (-1, len(table.residues))).permute(0, 3, 2, 1)  # shape: (blocks, width, taps, columns)
+    taps = _split(pulled, len(table.residues)).permute(0, 3, 2, 1)  # shape: (blocks, width, taps, columns)
     largest = taps.abs().amax((1, 2, 3), keepdim=True)
     taps = taps / torch.where(largest > 0, largest, torch.ones_like(largest))
     gram = (taps @ taps.mH) * table.pairs  # shape: (blocks, width, taps, taps)
@@ -226,7 +230,7 @@ def converge(
     blocks, rows, total = matrices.shape
     real = matrices.dtype.to_real()
     table = tables(view, real, matrices.device)
-    columns = total // view.taps * table.count
+    columns = total // view.taps * table.classes
     width = min(width, rows, columns)
     y = random_like(matrices, (blocks, columns, width + len(table.grid)), as_complex=True)
     omega = torch.cat([torch.zeros_like(table.grid[:1]), table.grid]).expand(blocks, -1, -1)

@@ -60,7 +60,7 @@ class NormalizedWeight(Tensor):
     ) -> "NormalizedWeight":
         """Wrap the raw weight of a parametrization, or a view of it."""
         grad = raw.requires_grad and torch.is_grad_enabled()
-        self: NormalizedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: NormalizedWeight = torch.Tensor._make_wrapper_subclass(
             cls, raw.shape, strides=raw.stride(), dtype=raw.dtype, device=raw.device, requires_grad=grad
         )
         self._owner, self._raw, self._root = owner, raw, self if root is None else root
@@ -84,7 +84,7 @@ class NormalizedWeight(Tensor):
         return other
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         cls,
         func: Any,
         types: Any,
@@ -123,7 +123,9 @@ class NormalizedWeight(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuse what went past `__torch_function__`: it would lose the gradient of the raw weight.
 
         Raises:

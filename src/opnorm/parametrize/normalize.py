@@ -11,10 +11,11 @@ from torch import nn
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.batchnorm import fold_batch_norms
+from opnorm.parametrize.chains import rule_of
 from opnorm.parametrize.coverage import undoing
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, weights_of
 from opnorm.parametrize.flow import run_once, sequence
-from opnorm.parametrize.register import rule_of, spectral_norm
+from opnorm.parametrize.register import spectral_norm
 from opnorm.parametrize.spectral import Iterations
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -91,8 +92,8 @@ def normalize(
     ]
     if inert:
         warnings.warn(
-            f"normalising {', '.join(inert)} is inert: a normalisation without running statistics follows and undoes any "
-            "scale; it bounds nothing",
+            f"normalising {', '.join(inert)} is inert: a normalisation without running statistics follows and undoes "
+            "any scale; it bounds nothing",
             stacklevel=2,
         )
     return model

@@ -7,10 +7,10 @@ from torch import nn
 
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
+from opnorm.parametrize.chains import rule_of
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import divisor
 from opnorm.parametrize.families import Norm, Shape
-from opnorm.parametrize.register import rule_of
 from opnorm.parametrize.spectral import Iterations
 from opnorm.parametrize.tracked import track
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
+from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
 from opnorm.parametrize.sharding import follow_shards, local
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
@@ -84,7 +85,7 @@ def spectral_norm(
             )  # fmt: skip
         return module
     label = f"{type(module).__name__}.{name}"
-    _check(module, name, n_power_iterations, lipschitz, mode, norm, learn_scale=learn_scale)
+    _check(module, name, n_power_iterations, lipschitz, mode=mode, norm=norm, learn_scale=learn_scale)
     view = view_of(module, name, norm, dim, input_shape)
     raw: Tensor = getattr(module, name)
     rule = SpectralNormalization(
@@ -95,10 +96,11 @@ def spectral_norm(
     rule.order = tuple(module._parameters)
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
-    follow_shards(module.parametrizations[name].original, module.parametrizations[name], "original")  # type: ignore[index]
+    chain = chain_of(module, name)
+    follow_shards(chain.original, chain, "original")
     if raw.device.type != "meta":
-        rule.triple(module.parametrizations[name].original)  # type: ignore[index, arg-type, union-attr]
-    module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)
+        rule.triple(chain.original)
+    module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)  # type: ignore[no-untyped-call]
     return module
 
 
@@ -130,7 +132,7 @@ def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> Module
     rule = rule_of(module, name)
     if rule is None:
         raise ArgumentError(f"{type(module).__name__}.{name} is not normalised by opnorm.spectral_norm")
-    chain = module.parametrizations[name]  # type: ignore[index]
+    chain = chain_of(module, name)
     if len(chain) > 1:
         raise ArgumentError(f"{rule.label} has other parametrizations besides opnorm's; remove those first")
     raw: Tensor = chain.original
@@ -157,9 +159,10 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
     copy of the layer shares: removing it from a copy would break the original.
     """
     cls = type(module)
-    raw: Tensor = module.parametrizations[name].original  # type: ignore[index, union-attr]
-    del module.parametrizations[name]  # type: ignore[union-attr]
-    if len(module.parametrizations):  # type: ignore[arg-type]
+    raw: Tensor = chain_of(module, name).original
+    chains = cast(nn.ModuleDict, module.parametrizations)
+    del chains[name]
+    if len(chains):
         kept = {key: value for key, value in vars(cls).items() if key not in {name, "__dict__", "__weakref__"}}
         module.__class__ = type(cls.__name__, cls.__bases__, kept)
     else:
@@ -173,16 +176,8 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
         module._init_flat_weights()  # it keeps a list of its weights
 
 
-def rule_of(module: nn.Module, name: str = "weight") -> SpectralNormalization | None:
-    """Return opnorm's parametrization of a weight, or None."""
-    if not parametrize.is_parametrized(module, name):
-        return None
-    chain = module.parametrizations[name]  # type: ignore[index]
-    return next((rule for rule in chain if isinstance(rule, SpectralNormalization)), None)
-
-
 def _check(
-    module: nn.Module, name: str, iterations: Iterations, lipschitz: float, mode: str, norm: str, *, learn_scale: bool
+    module: nn.Module, name: str, iterations: Iterations, lipschitz: float, *, mode: str, norm: str, learn_scale: bool
 ) -> None:
     label = f"{type(module).__name__}.{name}"
     if not (math.isfinite(lipschitz) and lipschitz > 0):
@@ -191,7 +186,7 @@ def _check(
         raise ArgumentError(f"mode={mode!r}: it is 'divide' or 'clip'")
     if norm not in {"operator", "reshaped"}:
         raise ArgumentError(f"norm={norm!r}: it is 'operator', or 'reshaped' for torch's convention")
-    if iterations != "adaptive" and not (isinstance(iterations, int) and iterations >= 1):
+    if iterations != "adaptive" and not iterations >= 1:
         raise ArgumentError(f"n_power_iterations={iterations!r}: it is a positive integer, or 'adaptive'")
     if learn_scale and mode == "clip":
         raise ArgumentError("learn_scale=True needs mode='divide': a clipped weight may be smaller than any scale")
@@ -209,5 +204,5 @@ def uses_torch(module: nn.Module, name: str) -> bool:
     """Whether one of torch's two functions normalises this weight."""
     if any(isinstance(hook, SpectralNorm) and hook.name == name for hook in module._forward_pre_hooks.values()):
         return True
-    chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()  # type: ignore[index]
+    chain = chain_of(module, name) if parametrize.is_parametrized(module, name) else ()
     return any(isinstance(rule, _SpectralNorm) for rule in chain)

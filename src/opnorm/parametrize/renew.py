@@ -2,8 +2,7 @@
 
 from torch import nn
 
-from opnorm.parametrize.fold import normalised
-from opnorm.parametrize.register import rule_of
+from opnorm.parametrize.chains import chain_of, normalised
 
 
 def update(model: nn.Module) -> int:
@@ -23,9 +22,7 @@ def update(model: nn.Module) -> int:
         1
     """
     found = normalised(model)
-    for _, module, name in found:
-        rule = rule_of(module, name)
-        if rule is not None:
-            rule.renew()
-            rule.triple(module.parametrizations[name].original)  # type: ignore[index]
+    for _, module, name, rule in found:
+        rule.renew()
+        rule.triple(chain_of(module, name).original)
     return len(found)

@@ -52,6 +52,7 @@ def _weight_gradient(operator: LinearOperator, x: Tensor, y: Tensor, weight: Ten
     padding = [left for left, _ in conv.padding] if transposed else [0] * conv.dims
     extra = list(operator.output_padding) if isinstance(operator, ConvTranspose) else [0] * conv.dims
     fed = x if transposed else replace(conv, weight=weight).pad(x)
-    return torch.ops.aten.convolution_backward(
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         y, fed, weight, None, conv.stride, padding, conv.dilation, transposed, extra, conv.groups, (False, True, False)
-    )[1]
+    )
+    return found[1]

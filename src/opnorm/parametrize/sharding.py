@@ -46,7 +46,8 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
 
 def product(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Return `matrix @ vectors` in full on every process, bit for bit the same."""
-    return (matrix @ replicated(vectors, matrix)).full_tensor()  # type: ignore[attr-defined]
+    whole: Tensor = (matrix @ replicated(vectors, matrix)).full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def spread(triple: Triple, like: Tensor) -> Triple:
@@ -78,6 +79,6 @@ def follow_shards(parameter: Tensor, module: torch.nn.Module, name: str) -> None
         if books.get("sharded_param") is not parameter:
             continue
         info = books.get("_module_info")
-        if not hasattr(info, "param_name") or not hasattr(info, "module"):
+        if info is None or not hasattr(info, "param_name") or not hasattr(info, "module"):
             raise ArgumentError("this version of torch cannot normalise what fully_shard has sharded; normalise first")
         info.module, info.param_name = module, name

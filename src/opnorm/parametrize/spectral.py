@@ -30,7 +30,7 @@ ADAPTIVE_TOLERANCE = 1e-4
 ADAPTIVE_MOST = 24
 
 
-def _no_transforms() -> AbstractContextManager[None]:
+def _no_transforms() -> AbstractContextManager[object]:
     """Values are computed outside the transforms of torch.func, which would wrap them."""
     return temporarily_clear_interpreter_stack()
 
@@ -83,7 +83,7 @@ class SpectralNormalization(nn.Module):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Give a copy a number of its own."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._number = compiled.enrol(self)
 
     # ---------------------------------------------------------------- what `layer.weight` is
@@ -93,7 +93,7 @@ class SpectralNormalization(nn.Module):
         if torch.compiler.is_compiling():
             return self._in_graph(weight)
         if (
-            torch.jit.is_tracing()
+            torch._C._is_tracing()
             or sharding.is_sharded(weight)
             or torch._C._functorch.is_functorch_wrapped_tensor(weight)
         ):
@@ -119,21 +119,22 @@ class SpectralNormalization(nn.Module):
             return self._composed(weight, triple, stored)
         matrices = self.view.matrices(weight)
         held = None if stored is None else self.view.matrices(stored)
-        divided = Divide.apply(matrices, triple, self._divided_to, self.mode == "clip", held)
+        divided: Tensor = Divide.apply(matrices, triple, self._divided_to, self.mode == "clip", held)  # type: ignore[no-untyped-call]
         return self._scaled(self.view.weight(divided, weight.shape), stored)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def linear(self, x: object, weight: NormalizedWeight, bias: Tensor | None) -> Tensor | None:
         """Return `F.linear(x, layer.weight, bias)` without computing the weight, or None where that is not possible."""
         view = self.view
         plain = self.training and self.scale is None and view.blocks == 1 and not view.frequencies and not view.axis
-        raw: Tensor = weight._raw if isinstance(weight, NormalizedWeight) else weight
-        same = isinstance(x, Tensor) and x.dtype == raw.dtype == values.compute_dtype(raw) and not raw.is_complex()
-        if not (plain and same) or weight._value is not None or torch.is_autocast_enabled(raw.device.type):
+        raw = weight._raw
+        if not isinstance(x, Tensor) or x.dtype != raw.dtype or raw.dtype != values.compute_dtype(raw):
+            return None
+        if not plain or raw.is_complex() or weight._value is not None or torch.is_autocast_enabled(raw.device.type):
             return None
         if torch._C._are_functorch_transforms_active() or view.sampled or raw.ndim != 2:
             return None
         flat = x.reshape(-1, x.shape[-1])
-        out = ScaledLinear.apply(flat, raw, bias, self.triple(raw), self.lipschitz, self.mode == "clip")
+        out: Tensor = ScaledLinear.apply(flat, raw, bias, self.triple(raw), self.lipschitz, self.mode == "clip")  # type: ignore[no-untyped-call]
         return out.reshape(*x.shape[:-1], -1)
 
     @property
@@ -167,8 +168,10 @@ class SpectralNormalization(nn.Module):
             )
         if not self.training:
             bound = self.bound()
-            stored = compiled.deployed(weight.detach(), self._number, None if bound is None else bound.detach())
-            if not (torch.is_grad_enabled() and weight.requires_grad):
+            stored: Tensor | None = compiled.deployed(
+                weight.detach(), self._number, None if bound is None else bound.detach()
+            )
+            if stored is not None and not (torch.is_grad_enabled() and weight.requires_grad):
                 return stored
         else:
             stored = None
@@ -196,14 +199,14 @@ class SpectralNormalization(nn.Module):
         if self._triple is not None and not sharding.agreed(weight, not unchanged):
             return self._triple
         dtype = values.compute_dtype(weight)
-        known = self._triple is not None and self._key is not None and self.y is not None
-        afresh = sharding.agreed(weight, not known or values.far(self._key, key))
+        lost = self._triple is None or self._key is None or values.far(self._key, key)
+        afresh = sharding.agreed(weight, lost)
         try:
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
                 raw = weight.detach().to(dtype)
                 block, triple = self._converged(raw) if afresh else self._advanced(raw, dtype)
                 broken = not bool(torch.isfinite(triple.sigma).all())
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             broken = True
         if broken:
             self._key = None  # nothing is learned from a broken weight, and the next value starts afresh

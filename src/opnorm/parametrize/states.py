@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opnorm.parametrize.chains import rule_of
+
 
 def adopt_state(
     name: str,
@@ -30,7 +32,9 @@ def adopt_state(
         state.pop(leftover, None)
     if original not in state:
         return
-    rule = module.parametrizations[name][0]  # type: ignore[index]
+    rule = rule_of(module, name)
+    if rule is None:
+        return
     empty = rule.get_extra_state()[:0]
     state.setdefault(f"{own}_extra_state", empty)
     if rule.scale is not None:
