@@ -119,6 +119,7 @@ POOL = [
     _case(nn.AvgPool1d, (1, 7), 3, stride=2, padding=1, count_include_pad=False),
     _case(nn.AvgPool1d, (1, 7), 3, stride=2, padding=1),
     _case(nn.AvgPool1d, (1, 5), 2, stride=3, padding=1, ceil_mode=True),
+    _case(nn.AvgPool1d, (1, 4), 3, stride=2, padding=1, ceil_mode=True),
     _case(nn.AvgPool2d, (2, 5, 4), 3, stride=1),
     _case(nn.AvgPool2d, (2, 5, 4), (3, 2), stride=(2, 1), padding=1, ceil_mode=True),
     _case(nn.AvgPool2d, (1, 5, 6), 3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),

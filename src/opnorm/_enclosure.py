@@ -110,10 +110,12 @@ class Enclosure:
         parts = list(items)
         if not parts:
             raise ValueError("the maximum of no enclosures")
-        top = max(parts, key=lambda e: e.upper)
+        highest = max(parts, key=lambda e: e.upper)
+        joined = highest
         for part in parts:
-            top = replace(top._joined(part), lower=max(top.lower, part.lower), method=top.method)
-        return top
+            if part is not highest:
+                joined = joined._joined(part)
+        return replace(joined, lower=max(part.lower for part in parts))
 
     def _joined(self, other: "Enclosure") -> "Enclosure":
         """`self` with the weaker of the two guarantees and the sum of the failure probabilities."""

@@ -85,6 +85,7 @@ NEEDS_SIZE = [
     nn.Conv2d(2, 2, 3, padding=1, padding_mode="replicate"),
     nn.Conv2d(2, 2, 3, padding=2, **CIRCULAR),
     nn.Conv1d(1, 1, 1, padding=1, **CIRCULAR),
+    nn.Conv1d(1, 1, 2, padding=1, **CIRCULAR),
     nn.Conv2d(2, 2, 3, padding=(1, 2), stride=4, **CIRCULAR),
     nn.AvgPool2d(2, ceil_mode=True),
     nn.AvgPool2d(3, padding=1, count_include_pad=False),
@@ -152,6 +153,11 @@ def test_shapes_that_do_not_fit(layer: nn.Module, shape: tuple[int, ...], messag
     with pytest.raises(InputShapeError, match=message) as raised:
         to_operator(layer, shape)
     assert type(layer).__name__ in str(raised.value)
+
+
+def test_a_number_is_no_shape() -> None:
+    with pytest.raises(InputShapeError, match=r"one axis is written \(5,\)"):
+        to_operator(nn.Linear(5, 3), 5)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from cases import matrix_of
@@ -95,4 +98,22 @@ def test_a_hook_beside_torchs_own_is_refused() -> None:
     layer = _legacy_weight(nn.Linear(3, 2))
     layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
     with pytest.raises(UnsupportedLayerError, match="forward hooks"):
+        to_operator(layer)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_sharded_weights_are_gathered(one_rank: DeviceMesh) -> None:
+    layer = nn.Linear(3, 2)
+    weight = layer.weight.detach().clone()
+    fully_shard(layer, mesh=one_rank)
+    assert torch.equal(to_operator(layer).weight, weight)
+    layer.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)
+    with pytest.raises(UnsupportedLayerError, match=r"FSDPLinear has forward hooks \(.*lambda>\)"):
         to_operator(layer)

@@ -1,5 +1,7 @@
 """What has no operator norm is refused by name, with a reason and a way out."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,14 @@ def test_unknown_modules_are_refused() -> None:
         to_operator(Unknown())
     with pytest.raises(UnsupportedLayerError, match=r"measure the wrapped module, \.module"):
         to_operator(nn.DataParallel(nn.Linear(2, 2)))
+
+
+def test_quantised_layers_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        layer = torch.ao.nn.quantized.dynamic.Linear(3, 2)
+    with pytest.raises(UnsupportedLayerError, match="Linear is a quantised layer"):
+        to_operator(layer)
 
 
 def test_lazy_modules_are_refused_until_called() -> None:

@@ -132,7 +132,7 @@ def test_rounding_beyond_the_error_terms_is_seen() -> None:
         def apply(self, x: Tensor) -> Tensor:
             return (x + 1e6) @ self.weight.to(x.dtype).mT - torch.full_like(x, 1e6) @ self.weight.to(x.dtype).mT
 
-    with pytest.raises(AssertionError, match=r"more than terms and entry_error allow|adds a constant|not linear"):
+    with pytest.raises(AssertionError, match="more than terms and entry_error allow"):
         promises.terms(Cancelling(MATRIX))
 
 

@@ -7,28 +7,25 @@ from torch import Tensor
 
 from opnorm._enclosure import Enclosure, Guarantee
 from opnorm.norms import norm
+from opnorm.norms.scaling import largest_part
 from opnorm.operators import Conv, LinearOperator
 
-_CHUNK = 1 << 20
-"""Elements that are held in float64 at a time."""
+_CHUNK = 1 << 16
+"""Elements that are held in float64 at a time: few enough to stay in the processor's cache."""
+_SAFE = 2.0**400
+"""Up to it, and from its inverse on, squares neither overflow nor vanish."""
 
 
 def frobenius(tensor: Tensor) -> float:
-    """Return the Frobenius norm, computed in float64 piece by piece; NaN or inf where the tensor is not finite."""
-    flat = tensor.reshape(-1)
-    scale, total = 0.0, 0.0
-    for start in range(0, flat.numel(), _CHUNK):
-        piece = flat[start : start + _CHUNK]
-        wide = piece.to(torch.complex128 if piece.is_complex() else torch.float64).abs()
-        peak = float(wide.amax())
-        if not math.isfinite(peak):
-            return math.nan
-        if peak > scale:
-            total *= (scale / peak) ** 2
-            scale = peak
-        if scale > 0.0:
-            # Divided by the largest entry so far: squares neither overflow nor vanish.
-            total += float(wide.div_(scale).square_().sum())
+    """Return the Frobenius norm, computed in float64 piece by piece; NaN where the tensor is not finite."""
+    peak = largest_part(tensor)
+    if not math.isfinite(peak) or peak == 0.0:
+        return peak if peak == 0.0 else math.nan
+    scale = 1.0 if 1 / _SAFE < peak < _SAFE else peak
+    total = 0.0
+    for piece in torch.split(tensor.reshape(-1), _CHUNK):
+        wide = piece.to(torch.complex128 if piece.is_complex() else torch.float64)
+        total += float(torch.linalg.vector_norm(wide if scale == 1.0 else wide / scale)) ** 2
     return scale * math.sqrt(total)
 
 

@@ -100,10 +100,10 @@ def read(
     leaf = name.rpartition(".")[2]
     if len(shape) >= MATRIX and _MASK.search(leaf):
         return Unread("mask", "a mask, not a weight")
-    if _SCALE.search(leaf):
-        return Unread("part", "scales or zero points of a quantised tensor")
     if len(shape) < MATRIX:
         return Unread("vector", _vector(leaf))
+    if _SCALE.search(leaf):
+        return Unread("part", "scales or zero points of a quantised tensor")
     if len(shape) == MATRIX:
         return _matrix(name, leaf, shape, shapes)
     return _several_axes(name, leaf, shape)

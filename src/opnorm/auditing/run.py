@@ -23,7 +23,7 @@ from opnorm.errors import ArgumentError, ArithmeticModeError, OpnormError
 Progress = Callable[[int, int, str], None]
 """Called with the elements done, all elements, and the name of the tensor that comes next."""
 
-DEFAULT_RTOL = 1e-3
+DEFAULT_RTOL: dict[Guarantee, float] = {"proved": 1e-6, "probable": 1e-3, "estimate": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Policy:
         roles: patterns and roles given by hand.
     """
 
-    guarantee: Guarantee = "proved"
-    rtol: float = DEFAULT_RTOL
+    guarantee: Guarantee
+    rtol: float
     rules: tuple[Rule, ...] = ()
     roles: tuple[tuple[str, str], ...] = ()
 
@@ -47,7 +47,7 @@ def audit(
     source: str | PathLike[str] | nn.Module,
     *,
     guarantee: Guarantee = "proved",
-    rtol: float = DEFAULT_RTOL,
+    rtol: float | None = None,
     fail_on: Iterable[str] = (),
     roles: Iterable[str] = (),
     part: str = "",
@@ -59,7 +59,8 @@ def audit(
         source: a path that `opnorm.checkpoint.open_checkpoint` reads, or a model; only a model knows the strides,
             groups and paddings of its convolutions.
         guarantee: what every upper end must hold: "proved", "probable" or "estimate".
-        rtol: a target for `upper / lower - 1`; where it cannot be met the enclosure is wider, never weaker.
+        rtol: a target for `upper / lower - 1`; where it cannot be met the enclosure is wider, never weaker. None stands
+            for 1e-6, and for 1e-3 where the guarantee is "probable".
         fail_on: rules such as "upper>10"; what breaks them is in `Report.violations`.
         roles: how tensors are to be read, as "PATTERN=ROLE", where their names and shapes do not tell.
         part: of a nested torch file, such as "ema".
@@ -78,9 +79,12 @@ def audit(
         >>> [row.name for row in report.rows], [item.name for item in report.skipped], report.ok
         (['weight'], ['bias'], True)
     """
-    if not 0.0 < rtol < inf:
+    if guarantee not in DEFAULT_RTOL:
+        raise ArgumentError(f"guarantee is one of {', '.join(DEFAULT_RTOL)}, got {guarantee!r}")
+    target = DEFAULT_RTOL[guarantee] if rtol is None else rtol
+    if not 0.0 < target < inf:
         raise ArgumentError(f"rtol must be a positive number, got {rtol!r}")
-    policy = Policy(guarantee, rtol, tuple(map(parse, fail_on)), parse_roles(roles))
+    policy = Policy(guarantee, target, tuple(map(parse, fail_on)), parse_roles(roles))
     if isinstance(source, str | PathLike):
         return _report(open_checkpoint(source, part), fspath(source), policy, Geometry({}), progress)
     if isinstance(source, nn.Module):

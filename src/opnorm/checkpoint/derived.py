@@ -19,8 +19,9 @@ _PARAMETRIZED = re.compile(r"^(?P<base>(?:.*\.)?)parametrizations\.(?P<name>[^.]
 
 MATRIX = 2
 
-TRUST = 2.0
-"""How much larger u^T W v must be under one reading of the axes than under the other to be believed."""
+ALIGNED, APART = 0.9, 0.8
+"""The last power iteration left u = W v / |W v|: this much of it must still hold under one reading of the axes, and
+less under the other, for the reading to be believed."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,10 @@ def _spectral(name: str, original: Entry, u: Entry, v: Entry) -> _Recipe | None:
         return None
     dim = dims[0]
     if len(dims) > 1:
-        sizes = [abs(float(_quotient(original.load(), u.load(), v.load(), axis))) for axis in dims]
-        if max(sizes) < TRUST * min(sizes):
+        found = [_alignment(original.load(), u.load(), v.load(), axis) for axis in dims]
+        if max(found) < ALIGNED or min(found) > APART:
             return None
-        dim = dims[sizes.index(max(sizes))]
+        dim = dims[found.index(max(found))]
 
     def compute(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return weight / _quotient(weight, left, right, dim)
@@ -140,6 +141,12 @@ def _spectral(name: str, original: Entry, u: Entry, v: Entry) -> _Recipe | None:
     return _Recipe(
         name, (original, u, v), compute, derived, ("left vector (spectral norm)", "right vector (spectral norm)")
     )
+
+
+def _alignment(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> float:
+    image = torch.mv(weight.movedim(dim, 0).flatten(1), v)
+    length = float(torch.linalg.vector_norm(image) * torch.linalg.vector_norm(u))
+    return abs(float(torch.dot(u, image))) / length if length > 0.0 else 0.0
 
 
 def _quotient(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -153,6 +160,9 @@ def _pruned(weight: Tensor, mask: Tensor) -> Tensor:
 
 def _settled(entry: Entry, taken: set[str]) -> Entry:
     """Give what no recipe made use of its canonical name, and say that it is not the weight in use."""
+    match = _PARAMETRIZED.match(entry.name)
+    if match and not match["rest"].startswith("original") and not entry.unusable:
+        return replace(entry, unusable=f"state of a parametrization of {match['base']}{match['name']}")
     name = _plain(entry.name)
     if name == entry.name or entry.derived or entry.unusable or name in taken:
         return entry

@@ -28,9 +28,12 @@ def open_torch(path: Path, part: str, *, legacy: bool) -> Checkpoint:
         CheckpointError: if it is refused, damaged, or holds no tensors.
     """
     tree = load_object(path, legacy=legacy)
-    found: list[tuple[nested.Path, Tensor]] = (
-        [(("tensor",), tree)] if isinstance(tree, Tensor) else list(nested.leaves(tree))
-    )
+    found: list[tuple[nested.Path, Tensor]]
+    try:
+        found = [(("tensor",), tree)] if isinstance(tree, Tensor) else list(nested.leaves(tree))
+        choice = nested.Choice((), {}) if isinstance(tree, Tensor) else nested.choose(tree, part)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if not found:
         raise CheckpointError(f"{path}: holds no tensors, only a {type(tree).__name__}")
     names = Counter(".".join(path) for path, _ in found)
@@ -39,10 +42,6 @@ def open_torch(path: Path, part: str, *, legacy: bool) -> Checkpoint:
             f"{path}: two tensors are called {names.most_common(1)[0][0]!r}; they cannot be told apart"
         )
     _check_storages([tensor for _, tensor in found], path)
-    try:
-        choice = nested.Choice((), {}) if isinstance(tree, Tensor) else nested.choose(tree, part)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     # Weights first, so that one that is tied to a copy in another part counts as a weight.
     found.sort(key=lambda item: _left_of(item[0], choice) is not None)
     merged = merge_ties(found)

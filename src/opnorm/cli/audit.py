@@ -21,7 +21,7 @@ EXIT_VIOLATED = 1
     show_default=True,
     help="What every upper end must hold.",
 )
-@click.option("--rtol", type=float, default=1e-3, show_default=True, help="Target for upper / lower - 1.")
+@click.option("--rtol", type=float, help="Target for upper / lower - 1.  [default: 1e-6; 1e-3 where probable]")
 @click.option(
     "--role", "roles", metavar="PATTERN=ROLE", multiple=True, help="Read tensors as linear, conv, slices, skip."
 )
@@ -34,7 +34,7 @@ def audit(
     html_to: str | None,
     fail_on: tuple[str, ...],
     guarantee: str,
-    rtol: float,
+    rtol: float | None,
     roles: tuple[str, ...],
     part: str,
     top: int | None,

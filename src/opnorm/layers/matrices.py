@@ -7,13 +7,12 @@ from torch import Tensor, nn
 from opnorm.errors import UnsupportedLayerError
 from opnorm.layers.weights import read_weight
 
-_GATES = {  # in the order in which torch stacks them
-    nn.LSTM: ("input", "forget", "cell", "output"),
-    nn.LSTMCell: ("input", "forget", "cell", "output"),
-    nn.GRU: ("reset", "update", "new"),
-    nn.GRUCell: ("reset", "update", "new"),
-    nn.RNN: ("hidden",),
-    nn.RNNCell: ("hidden",),
+# In the order in which torch stacks them.
+_LSTM, _GRU, _RNN = ("input", "forget", "cell", "output"), ("reset", "update", "new"), ("hidden",)
+_GATES = {
+    **dict.fromkeys((nn.LSTM, nn.LSTMCell), _LSTM),
+    **dict.fromkeys((nn.GRU, nn.GRUCell), _GRU),
+    **dict.fromkeys((nn.RNN, nn.RNNCell), _RNN),
 }
 SEVERAL = (nn.MultiheadAttention, *_GATES)
 """The classes of torch that hold several matrices."""

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from opnorm.errors import UnsupportedLayerError
+from opnorm.errors import InputShapeError, UnsupportedLayerError
 from opnorm.layers.weights import WEIGHT_HOOKS
 from opnorm.operators import LinearOperator
 
@@ -81,8 +81,9 @@ def to_operator(module: nn.Module, input_shape: Shape | None = None) -> LinearOp
         (8, 32, 32)
     """
     _check_unchanged(module)
-    shape = None if input_shape is None else tuple(int(n) for n in input_shape)
-    return _rule(module, shape)
+    if isinstance(input_shape, int):
+        raise InputShapeError(f"input_shape={input_shape} is a number; one axis is written ({input_shape},)")
+    return _rule(module, None if input_shape is None else tuple(int(n) for n in input_shape))
 
 
 def _check_unchanged(module: nn.Module) -> None:
@@ -92,7 +93,8 @@ def _check_unchanged(module: nn.Module) -> None:
     way_out = f"register a rule for it with opnorm.layers.register_layer({name}), or measure its weight as a matrix"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise UnsupportedLayerError(f"{name} has no weights before its first call; call it once on an input")
-    if any(part in f"{cls.__module__}." for part in (".quantized.", ".qat.", ".quantizable.", ".intrinsic.")):
+    origin = f"{cls.__module__}."
+    if origin.startswith("torch.") and any(part in origin for part in (".quantized.", ".qat.", ".quantizable.")):
         raise UnsupportedLayerError(
             f"{name} is a quantised layer, which rounds its weights or activations; measure the float layer it was "
             "made from, or its dequantised weight as a matrix"
@@ -110,13 +112,18 @@ def _check_unchanged(module: nn.Module) -> None:
     changed = next((method for method in _OVERRIDES if method in vars(module)), None)
     if changed:
         raise UnsupportedLayerError(f"this {name} has its own {changed}, set on the instance; {way_out}")
-    hooks = [*module._forward_hooks.values()]
-    hooks += [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, WEIGHT_HOOKS)]
-    if hooks:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    foreign = [hook for hook in hooks if not _keeps_the_map(hook)]
+    if foreign:
         raise UnsupportedLayerError(
-            f"this {name} has forward hooks ({', '.join(map(_hook_name, hooks))}), which may change what it computes; "
-            f"remove them while measuring, or measure its weight as a matrix"
+            f"this {name} has forward hooks ({', '.join(map(_hook_name, foreign))}), which may change what it "
+            "computes; remove them while measuring, or measure its weight as a matrix"
         )
+
+
+def _keeps_the_map(hook: object) -> bool:
+    """Whether a hook is torch's own and only brings the weight into place."""
+    return isinstance(hook, WEIGHT_HOOKS) or str(hook.__module__).startswith("torch.distributed.fsdp")
 
 
 def _hook_name(hook: object) -> str:

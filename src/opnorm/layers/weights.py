@@ -23,16 +23,18 @@ def read_weight(module: nn.Module, name: str = "weight") -> Tensor:
 
     A parametrized weight is computed with its parametrizations in evaluation mode, and the weight of torch's older
     hooks (`spectral_norm`, `weight_norm`, pruning) from its parts: the attribute keeps the value of the last call,
-    which is stale after an optimizer step. No power iteration is advanced and no buffer is written.
+    which is stale after an optimizer step. No power iteration is advanced and no buffer is written. A sharded weight
+    (DTensor) is gathered, which every rank must take part in.
 
     Raises:
         WeightError: if the weight is missing, holds NaN or infinite values, or is of a kind without a norm.
     """
     with torch.no_grad():
         value = _fresh(module, name)
-    if value is None:
-        raise WeightError(f"{_label(module)} has no tensor {name!r}; set it before measuring the layer")
-    return check_weight(value.detach(), f"{_label(module)}: {name}")
+        if value is None:
+            raise WeightError(f"{_label(module)} has no tensor {name!r}; set it before measuring the layer")
+        gathered = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return check_weight(gathered.detach(), f"{_label(module)}: {name}")
 
 
 def check_weight(weight: Tensor, name: str) -> Tensor:

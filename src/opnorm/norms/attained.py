@@ -6,6 +6,9 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm.operators import Dense, LinearOperator
 
+_FAINT = 2.0**-400
+"""An image below it may owe what it is to underflow, in the products or in their squares."""
+
 
 def attained(operator: LinearOperator, x: Tensor) -> float:
     """Return a proved lower bound of `|A x| / |x|`, and so of the operator norm.
@@ -13,6 +16,9 @@ def attained(operator: LinearOperator, x: Tensor) -> float:
     Args:
         operator: its stored weights scaled to the order of one, in float64 or complex128.
         x: shape `in_shape` of the operator, float64 or complex128; of norm near one.
+
+    Returns:
+        The bound; 0 where the image is so faint that underflow may have made it, or is NaN.
     """
     x = x.detach()[None]
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
@@ -20,6 +26,8 @@ def attained(operator: LinearOperator, x: Tensor) -> float:
         # |A x - fl(A x)| <= gamma |A| |x|; complex arithmetic by three real products is covered by the factor 8.
         majorant = operator.absolute().apply(x.abs())
     factor = 8.0 if image.is_complex() else 1.0
+    if not float(image.abs().max()) > _FAINT:
+        return 0.0
     constant = rounding.mul_up(factor, rounding.gamma(operator.terms + 8) + operator.entry_error)
     loss = rounding.mul_up(constant, norm_above(majorant))
     gain = norm_below(image) - loss

@@ -8,19 +8,18 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
 from opnorm.certificate.posdef import factor_with_floor, require_ieee_arithmetic
-from opnorm.norms.attained import attained_by_matrix
 from opnorm.norms.closing import Factored, close_in
-from opnorm.norms.gram import Gram, cheap_bound, gram_of_columns
+from opnorm.norms.gram import Gram, attained_square, gram_of_columns
 from opnorm.norms.lanczos import lanczos
 from opnorm.norms.memory import require_memory
-from opnorm.norms.scaling import normalised
+from opnorm.norms.tall import attained_by_rows, cheap_bound_of_rows, tall
 
 _SMALL = 192
 """Below it a full eigendecomposition costs less than a Krylov search."""
 _SINGLE = 1024
 """From it on the search runs in float32, which halves what it reads; the proof does not depend on it."""
 _STEPS = 160
-_CHEAP = 2**20
+_CHEAP = 2**16
 """Up to so many elements the bounds read off the entries cost nothing beside the proof."""
 
 
@@ -40,27 +39,29 @@ def dense_norm(matrix: Tensor, *, rtol: float, slack: float = 0.0) -> Enclosure:
     if 0 in matrix.shape:
         return Enclosure(0.0, 0.0, "proved", "zero", rtol)
     side = min(matrix.shape)
-    require_memory(24 * side * side + 16 * matrix.numel(), f"the proof for a {tuple(matrix.shape)} matrix")
-    scaled, exponent = normalised(matrix)
-    tall = scaled if scaled.shape[0] >= scaled.shape[1] else scaled.mH.resolve_conj()
-    if exponent == 0 and not tall.any():
+    require_memory(28 * side * side, f"the proof for a {tuple(matrix.shape)} matrix")
+    rows = tall(matrix)
+    if rows is None:
         return Enclosure(0.0, slack, "proved", "zero", rtol)
-    gram = gram_of_columns(tall)
+    gram = gram_of_columns(rows)
     vector = top_vector(gram.matrix, rtol)
     noise = gram.error + 4 * side * rounding.U * float(gram.matrix.diagonal().abs().sum())
+    rounded = gram.error + rounding.gamma(2 * side + 8) * gram.reach
+    by_gram = rounded < 0.01 * rtol * float(gram.matrix.diagonal().abs().max())
     lower, ceiling = close_in(
-        lambda v: attained_by_matrix(tall, v),
+        # The Gram matrix is smaller than the weight, and its rounding too small to show.
+        lambda v: rounding.sqrt_down(attained_square(gram, v)) if by_gram else attained_by_rows(rows, v),
         lambda t: _factored(gram, t),
         vector,
         shift=_shift(side, noise / float(gram.matrix.diagonal().abs().max()), rtol),
     )
     upper, method = rounding.sqrt_up(ceiling), "dense"
-    if tall.numel() <= _CHEAP or ceiling == math.inf:
+    if matrix.numel() <= _CHEAP or ceiling == math.inf:
         # Exact for rank one, constant and permutation matrices, where the proof must keep a distance.
-        upper, method = min((upper, method), (cheap_bound(tall), "entries"))
+        upper, method = min((upper, method), (cheap_bound_of_rows(rows), "entries"))
     # What scaling lost to underflow is far below one rounding of a bound of at least 1/2.
     upper = rounding.up(upper)
-    lower, upper = rounding.ldexp_down(lower, exponent), rounding.ldexp_up(upper, exponent)
+    lower, upper = rounding.ldexp_down(lower, rows.exponent), rounding.ldexp_up(upper, rows.exponent)
     if slack:
         lower, upper = max(0.0, rounding.down(lower - slack)), rounding.add_up(upper, slack)
     return Enclosure(lower, upper, "proved", method, rtol)
@@ -70,14 +71,15 @@ def top_vector(gram: Tensor, rtol: float) -> Tensor:
     """Return an approximate top eigenvector, shape (n,), of a positive semi-definite matrix; nothing is proved."""
     n = gram.shape[0]
     if n <= _SMALL:
-        return torch.linalg.eigh(gram).eigenvectors[:, -1]
+        top: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -1]
+        return top
     narrow = n >= _SINGLE and rtol >= 1e-8
     searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
     noise = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(searched)
     start = searched[:, int(gram.diagonal().abs().argmax())] + searched.mean(1)
     start = start / torch.linalg.vector_norm(start) + noise / torch.linalg.vector_norm(noise)
     # The eigenvalue's relative error is twice the norm's; a tenth of the target leaves room for the shift.
-    return lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol).vector.to(gram)
+    return lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.1 * rtol, passes=1).vector.to(gram)
 
 
 def _shift(n: int, noise: float, rtol: float) -> float:
@@ -101,4 +103,8 @@ def _factored(gram: Gram, t: float) -> Factored | None:
     # Each diagonal entry of the shifted matrix is rounded once.
     rounded = rounding.mul_up(2 * rounding.U, rounding.add_up(t, largest))
     ceiling = rounding.add_up(t, -margin, gram.error, rounded)
-    return Factored(ceiling, lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0])
+
+    def solve(v: Tensor) -> Tensor:
+        return torch.cholesky_solve(v[:, None], factor)[:, 0]
+
+    return Factored(ceiling, solve)

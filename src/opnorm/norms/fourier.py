@@ -54,7 +54,6 @@ def torus_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
         repeats = math.prod(_repetitions(conv))
         upper = rounding.mul_up(upper, rounding.sqrt_up(float(repeats)))
         lower = _search(conv, None, rtol)
-    lower = min(lower, upper)
     return Enclosure(rounding.ldexp_down(lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "torus", rtol)
 
 
@@ -77,12 +76,10 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     """
     conv = _as_conv(operator)
     require_ieee_arithmetic()
-    if conv.mode == "circular" and all(
+    wraps = conv.mode == "circular" and all(
         sum(pair) <= reach for pair, reach in zip(conv.padding, conv.reach, strict=True)
-    ):
-        # Any circular convolution samples the symbol of stride 1; its strided blocks need a stride that divides n.
-        conv = replace(conv, stride=(1,) * conv.dims)
-    elif conv.mode != "zeros":
+    )
+    if conv.mode != "zeros" and not wraps:
         raise InputShapeError(f"{conv.mode} padding has no bound for every input size; give input_shape")
     scaled, exponent = normalised(conv.weight)
     if not scaled.any():
@@ -91,12 +88,21 @@ def size_free_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     dilation = conv.dilation if max(conv.stride) > 1 else (1,) * conv.dims
     conv = replace(conv, weight=scaled, dilation=dilation)
     types = [reach / 2 for reach in conv.reach]
-    sizes = size_free_grid(types, conv.stride, max(_SIZE_FREE_SLACK, rtol / 2))
-    peak = grid_maximum(_grid(conv, sizes), rtol)
+    sizes = size_free_grid(types, conv.stride, _slack(rtol))
+    # Any circular convolution samples the symbol of stride 1; its strided blocks need a stride that divides n.
+    bounding = replace(conv, stride=(1,) * conv.dims) if wraps else conv
+    # A proof closer to the grid's maximum costs nothing, and the grid's own slack is all that is left.
+    peak = grid_maximum(_grid(bounding, sizes), min(rtol, 1e-5))
     upper = rounding.div_up(peak.upper, cosine_product_below(types, sizes))
-    note = "supremum over all input sizes"
+    lower, note = peak.lower, "supremum over all input sizes"
+    if conv.spatial is not None:
+        given = replace(_as_conv(operator), weight=scaled)
+        lower = _search(_scaled_like(operator, given), None, rtol)
+        note = "upper end for all input sizes, lower end for this one"
+    elif bounding.stride != conv.stride:
+        lower = grid_maximum(_grid(conv, sizes), rtol).lower
     return Enclosure(
-        rounding.ldexp_down(peak.lower, exponent),
+        rounding.ldexp_down(lower, exponent),
         rounding.ldexp_up(upper, exponent),
         "proved",
         "size-free",
@@ -127,7 +133,12 @@ def size_free_flops(operator: Conv | ConvTranspose, rtol: float) -> float:
     """About how many floating-point operations `size_free_norm` takes."""
     conv = _as_conv(operator)
     types = [(k - 1) / 2 for k in conv.kernel]
-    return _symbol_flops(conv, math.prod(size_free_grid(types, conv.stride, max(_SIZE_FREE_SLACK, rtol / 2))))
+    return _symbol_flops(conv, math.prod(size_free_grid(types, conv.stride, _slack(rtol))))
+
+
+def _slack(rtol: float) -> float:
+    """What the spacing of the size-free grid may cost."""
+    return min(max(_SIZE_FREE_SLACK, rtol / 2), 0.1)
 
 
 def _symbol_flops(conv: Conv, points: int) -> float:
@@ -256,7 +267,9 @@ def _search(operator: Conv | ConvTranspose, start: Tensor | None, rtol: float) -
     generator = torch.Generator().manual_seed(operator.in_size)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device)
     size = torch.linalg.vector_norm(noise)
-    begin = noise / size if begin is None else begin / torch.linalg.vector_norm(begin) + 1e-2 * noise / size
+    length = 0.0 if begin is None else float(torch.linalg.vector_norm(begin))
+    # The adjoint may map the wave to zero.
+    begin = noise / size if begin is None or length == 0.0 else begin / length + 1e-2 * noise / size
     kind = torch.complex128 if operator.dtype.is_complex else torch.float32
 
     def gram(v: Tensor) -> Tensor:

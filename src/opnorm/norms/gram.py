@@ -8,9 +8,8 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.posdef import SQRT2
-
-_CHUNK = 2**22
-"""Elements of a matrix that are multiplied at once."""
+from opnorm.norms.attained import norm_above
+from opnorm.norms.tall import Tall
 
 
 @dataclass(frozen=True)
@@ -19,26 +18,43 @@ class Gram:
 
     matrix: Tensor  # shape: (n, n), float64 or complex128; both triangles
     error: float
+    reach: float
+    """A bound of the largest row sum of `|A|^H |A|`, and so of `|A^H A|`."""
 
 
-def gram_of_columns(matrix: Tensor) -> Gram:
-    """Return `A^H A` for `A` of shape (m, n) with entries of absolute value below 1, float64 or complex128.
+def gram_of_columns(matrix: Tall) -> Gram:
+    """Return `A^H A` for `A` of shape (m, n).
 
     Each entry is an inner product of length m, so it is off by at most `gamma_m |A|^T |A|` in any order of summation
     (Higham, section 3.1; for complex arithmetic sqrt(2) gamma_2m); the infinity norm bounds the spectral norm of
     that symmetric matrix.
     """
     m, n = matrix.shape
-    first, *rest = torch.split(matrix, max(n, _CHUNK // max(1, n)))
-    total = _product(first)
-    for block in rest:
-        total += _product(block)
-    modulus = matrix.abs()
-    reach = modulus.mT @ modulus.sum(1)
-    largest = rounding.mul_up(float(reach.max()) if n else 0.0, 1 + rounding.gamma(m + n + 4))
-    constant = rounding.mul_up(SQRT2, rounding.gamma(2 * m + 2)) if matrix.is_complex() else rounding.gamma(m + 1)
+    total: Tensor | None = None
+    reach = torch.zeros(n, dtype=torch.float64, device=matrix.stored.device)
+    for block in matrix.blocks():
+        product = _product(block)
+        total = product if total is None else total.add_(product)
+        modulus = block.abs() if block.is_complex() else block.abs_()
+        reach += modulus.mT @ modulus.sum(1)
+    assert total is not None  # a matrix without rows has no norm to prove
+    largest = rounding.mul_up(float(reach.max()), 1 + rounding.gamma(m + n + 4))
+    constant = rounding.mul_up(SQRT2, rounding.gamma(2 * m + 2)) if total.is_complex() else rounding.gamma(m + 1)
     error = rounding.add_up(rounding.mul_up(constant, largest), rounding.mul_up(4.0 * n * m, rounding.TINY))
-    return Gram(total, error)
+    return Gram(total, error, largest)
+
+
+def attained_square(gram: Gram, x: Tensor) -> float:
+    """Return a proved lower bound of the largest eigenvalue: the Rayleigh quotient at x, shape (n,), of norm near one.
+
+    Its own rounding is at most `gamma_(2n+2) |x|^T |G| |x|`, with `|G|` bounded by its row sums.
+    """
+    quotient = float(torch.vdot(x, gram.matrix @ x).real)
+    square = rounding.mul_up(norm_above(x), norm_above(x))
+    factor = 8.0 if x.is_complex() else 1.0
+    lost = rounding.mul_up(factor, rounding.gamma(2 * x.shape[0] + 8), rounding.add_up(gram.reach, gram.error), square)
+    value = rounding.down(quotient - lost)
+    return max(0.0, rounding.down(rounding.div_down(value, square) - gram.error)) if value > 0 else 0.0
 
 
 def _product(block: Tensor) -> Tensor:

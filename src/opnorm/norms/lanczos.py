@@ -25,6 +25,7 @@ def lanczos(
     steps: int,
     tolerance: float,
     check_every: int = 6,
+    passes: int = 2,
 ) -> RitzPair:
     """Return the top Ritz pair of a positive semi-definite map after at most `steps` applications.
 
@@ -34,6 +35,8 @@ def lanczos(
         steps: the largest dimension of the Krylov space.
         tolerance: stop when the estimated relative error of the Ritz value is below it.
         check_every: how often the small eigenproblem is solved.
+        passes: of the orthogonalisation. Twice is enough (Kahan) for a basis that is orthogonal to rounding, on which
+            a stated probability rests; once does where the result is proved afterwards.
     """
     n = start.shape[0]
     steps = min(steps, n)
@@ -45,8 +48,7 @@ def lanczos(
         basis[k] = vector
         image = matvec(vector)
         alphas.append(float(torch.vdot(vector, image).real))
-        # Twice is enough (Kahan); the second pass removes what cancellation left of the first.
-        for _ in range(2):
+        for _ in range(passes):
             image = image - basis[: k + 1].mT @ (basis[: k + 1].conj() @ image)
         beta = float(torch.linalg.vector_norm(image))
         last = k + 1 == steps or beta <= 1e-30 * max(map(abs, alphas))
@@ -88,7 +90,7 @@ def batched_top(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -
     """
     basis: list[Tensor] = []
     images: list[Tensor] = []
-    smallest = torch.finfo(start.dtype).tiny
+    kind = torch.finfo(start.dtype)
     vector = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
     for _ in range(min(steps, start.shape[1])):
         basis.append(vector)
@@ -97,7 +99,10 @@ def batched_top(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -
         vector = images[-1]
         for _ in range(2):
             vector = vector - stack @ (stack.mH @ vector)
-        vector = vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(smallest)
+        size = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+        # What rounding left of an exhausted space is no direction: zeros from there on.
+        exhausted = size <= kind.eps * torch.linalg.vector_norm(images[0], dim=1, keepdim=True) + kind.tiny**0.5
+        vector = torch.where(exhausted, 0, vector / size.clamp_min(kind.tiny))
     small = stack.mH @ torch.cat(images, -1)
     values, vectors = torch.linalg.eigh((small + small.mH) / 2)
     return values[:, -1], stack @ vectors[..., -1:]

@@ -121,8 +121,12 @@ def _boyd(matrix: Tensor, order: Order) -> float:
             image = matrix.conj().mT @ _dual(matrix @ x, q)
             x = _dual(image, dual)
             x = x / torch.linalg.vector_norm(x, p)
-        loss = rounding.gamma(2 * matrix.shape[1] + 8) * torch.linalg.vector_norm(matrix.abs() @ x.abs(), q)
-        gain = torch.linalg.vector_norm(matrix @ x, q) - loss
+        image, majorant = matrix @ x, matrix.abs() @ x.abs()
+        # High powers of numbers well below one underflow: the largest is taken out first.
+        scale = majorant.max()
+        loss = rounding.gamma(2 * matrix.shape[1] + 8) * torch.linalg.vector_norm(majorant / scale, q) * scale
+        scale = image.abs().max()
+        gain = torch.linalg.vector_norm(image / scale, q) * scale - loss
         # Powers and roots of up to max(m, n) terms are each off by a few roundings.
         slack = 1 + 64 * rounding.gamma(max(matrix.shape))
         best = max(best, float(gain / torch.linalg.vector_norm(x, p)) / slack)

@@ -1,5 +1,7 @@
 """The matrix of a small operator, and bounds that need only the sums of its absolute entries."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,8 @@ from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.memory import require_memory
-from opnorm.operators import LinearOperator
+from opnorm.norms.rescaled import lost_to_underflow, rescaled
+from opnorm.operators import Composed, Conv, ConvTranspose, LinearOperator
 
 _BATCH_BYTES = 2**26
 
@@ -23,15 +26,25 @@ def materialised_norm(operator: LinearOperator, *, rtol: float) -> Enclosure:
         TooLargeError: if the matrix does not fit into memory.
         WeightError: if a weight holds NaN or infinite values.
     """
-    matrix = matrix_of(operator)
     terms = operator.entry_terms
     relative = rounding.add_up(rounding.gamma(terms) if terms > 1 else 0.0, operator.entry_error)
-    slack = rounding.mul_up(relative, majorant_norm(operator)) if relative else 0.0
-    return dense_norm(matrix, rtol=rtol, slack=slack)
+    if not relative:
+        # Copies are exact even where scaling would drop the last digits of what is subnormal.
+        return dense_norm(matrix_of(operator), rtol=rtol)
+    operator, exponent = rescaled(operator)
+    matrix = matrix_of(operator)
+    scaling = rounding.mul_up(4.0 * matrix.numel() * operator.terms, rounding.TINY)
+    slack = rounding.add_up(rounding.mul_up(relative, majorant_norm(operator)), lost_to_underflow(operator), scaling)
+    found = dense_norm(matrix, rtol=rtol, slack=slack)
+    lower, upper = rounding.ldexp_down(found.lower, exponent), rounding.ldexp_up(found.upper, exponent)
+    return replace(found, lower=lower, upper=upper)
 
 
 def matrix_of(operator: LinearOperator) -> Tensor:
     """Return the matrix of an operator in float64 or complex128, shape (out_size, in_size), column by column."""
+    if operator.dtype.is_complex and isinstance(operator, Conv | ConvTranspose):
+        # torch convolves complex numbers by three real products, of sums that are rounded; the parts are exact.
+        return torch.complex(*(matrix_of(part) for part in _parts(operator)))
     rows, columns = operator.out_size, operator.in_size
     require_memory(48 * rows * columns, f"the matrix of an operator from {operator.in_shape} to {operator.out_shape}")
     dtype = torch.complex128 if operator.dtype.is_complex else torch.float64
@@ -47,6 +60,20 @@ def matrix_of(operator: LinearOperator) -> Tensor:
     return transposed.mT
 
 
+def _parts(operator: Conv | ConvTranspose) -> tuple[LinearOperator, LinearOperator]:
+    """The real and the imaginary part of a convolution."""
+    if isinstance(operator, ConvTranspose):
+        first, second = (replace(operator, conv=replace(operator.conv, weight=w)) for w in _halves(operator.conv))
+        return first, second
+    real, imag = (replace(operator, weight=w) for w in _halves(operator))
+    return real, imag
+
+
+def _halves(conv: Conv) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = conv.weight.resolve_conj()
+    return weight.real.contiguous(), weight.imag.contiguous()
+
+
 def majorant_norm(operator: LinearOperator) -> float:
     """Return `sqrt(|A|_1 |A|_inf)` of the majorant, rounded upward: a proved bound of the norm of any operator."""
     majorant = operator.absolute()
@@ -54,7 +81,11 @@ def majorant_norm(operator: LinearOperator) -> float:
         row_sums = majorant.apply(torch.ones(1, *operator.in_shape, dtype=torch.float64, device=operator.device))
         column_sums = majorant.adjoint(torch.ones(1, *operator.out_shape, dtype=torch.float64, device=operator.device))
     rows = rounding.mul_up(float(row_sums.max()), 1 + rounding.gamma(majorant.terms + 8))
-    # A column is summed over at most all rows, whatever the order.
-    columns = rounding.mul_up(float(column_sums.max()), 1 + rounding.gamma(operator.out_size + 8))
+    columns = rounding.mul_up(float(column_sums.max()), 1 + rounding.gamma(_adjoint_terms(operator) + 8))
     inflated = rounding.add_up(1.0, operator.entry_error)
     return rounding.mul_up(rounding.sqrt_up(rounding.mul_up(rows, columns)), inflated)
+
+
+def _adjoint_terms(operator: LinearOperator) -> int:
+    """How many products the adjoint sums at most: a column has at most all rows; sums that follow one another add."""
+    return sum(map(_adjoint_terms, operator.parts)) if isinstance(operator, Composed) else operator.out_size + 1

@@ -4,12 +4,15 @@ import math
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure, Guarantee
+from opnorm.certificate.posdef import require_ieee_arithmetic
 from opnorm.errors import ArgumentError
 from opnorm.layers import to_operator
+from opnorm.layers.weights import check_weight
 from opnorm.norms.banded import banded_norm
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.fourier import size_free_norm, torus_norm
@@ -17,9 +20,9 @@ from opnorm.norms.groups import norm_over_groups
 from opnorm.norms.lp import L2, Order, lp_norm, parse_order
 from opnorm.norms.materialised import materialised_norm, matrix_of
 from opnorm.norms.probable import estimated_norm, probable_norm
+from opnorm.norms.rescaled import rescaled
 from opnorm.norms.row_sums import row_sum_norm
-from opnorm.norms.scaling import normalised
-from opnorm.norms.select import DENSE_LIMIT, select
+from opnorm.norms.select import DENSE_LIMIT, check_guarantee, select
 from opnorm.norms.structured import structured_norm
 from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator
 
@@ -74,6 +77,8 @@ def norm(
         >>> opnorm.norm(layer, input_shape=(3, 32, 32)).met
         True
     """
+    require_ieee_arithmetic()
+    check_guarantee(guarantee)
     operator = as_operator(x, input_shape)
     order = parse_order(ord)
     tolerance = rtol if rtol is not None else 1e-3 if guarantee == "probable" else 1e-6
@@ -91,6 +96,7 @@ def as_operator(x: Tensor | nn.Module | LinearOperator, input_shape: tuple[int, 
 
     Raises:
         ArgumentError: if it is none of these, or a tensor with another number of axes than two.
+        WeightError: if it is a tensor without plain values: sparse, quantised or on the meta device.
     """
     if isinstance(x, nn.Module):
         return _on_float64(to_operator(x, input_shape))
@@ -103,6 +109,8 @@ def as_operator(x: Tensor | nn.Module | LinearOperator, input_shape: tuple[int, 
             f"a tensor of shape {tuple(x.shape)} is no matrix: pass the layer itself (a convolution's norm is not that "
             "of its reshaped kernel), opnorm.operators.Conv(kernel, ...), or one slice at a time"
         )
+    if x.layout != torch.strided or x.is_meta or x.is_quantized:
+        check_weight(x, "the matrix")
     return _on_float64(Dense(x.detach()))
 
 
@@ -118,6 +126,9 @@ def measure(
     Raises:
         ArgumentError: if the method does not fit.
     """
+    shapes = _shapes(operator)
+    if shapes is not None and 0 in shapes:
+        return Enclosure(0.0, 0.0, "proved", "zero", rtol)
     plan = select(operator, rtol=rtol, guarantee=guarantee, method=method)
     best: Enclosure | None = None
     for name in plan.method.split("+"):
@@ -153,7 +164,7 @@ def _run(
 
 def _lanczos(operator: LinearOperator, rtol: float, guarantee: Guarantee, failure_probability: float) -> Enclosure:
     """A search from a random start, on weights scaled to the order of one."""
-    scaled, exponent = _rescaled(operator)
+    scaled, exponent = rescaled(operator)
     if guarantee == "estimate":
         found = estimated_norm(scaled, rtol=rtol)
     else:
@@ -165,8 +176,8 @@ def _lanczos(operator: LinearOperator, rtol: float, guarantee: Guarantee, failur
 def _structured(operator: LinearOperator, rtol: float, guarantee: Guarantee, failure_probability: float) -> Enclosure:
     """By structure; a small composition by its own matrix, because the product of its parts' norms is loose."""
     if isinstance(operator, Composed) and guarantee == "proved":
-        shapes = _shapes(operator)
-        if shapes is not None and max(shapes) <= DENSE_LIMIT:
+        shapes = [_shapes(part) for part in operator.parts]
+        if all(shape is not None and max(shape) <= DENSE_LIMIT for shape in shapes):
             return materialised_norm(operator, rtol=rtol)
     return structured_norm(
         operator, lambda part: measure(part, rtol, guarantee, "auto", failure_probability), rtol=rtol
@@ -194,19 +205,6 @@ def _other_norm(operator: LinearOperator, order: Order, rtol: float, method: str
             f"ord={order}: the entries of this {type(operator).__name__} are rounded sums; only ord=2 is proved for it"
         )
     return lp_norm(matrix_of(operator), order, rtol=rtol)
-
-
-def _rescaled(operator: LinearOperator) -> tuple[LinearOperator, int]:
-    """The operator with weights of the order of one and the power of two taken out, where it stores one weight."""
-    match operator:
-        case Dense() | Conv():
-            scaled, exponent = normalised(operator.weight)
-            return replace(operator, weight=scaled), exponent
-        case ConvTranspose():
-            scaled, exponent = normalised(operator.conv.weight)
-            return replace(operator, conv=replace(operator.conv, weight=scaled)), exponent
-        case _:
-            return operator, 0
 
 
 def _on_float64(operator: LinearOperator) -> LinearOperator:

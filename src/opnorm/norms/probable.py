@@ -16,6 +16,8 @@ from opnorm.norms.memory import require_memory
 from opnorm.operators import LinearOperator
 
 _ESTIMATE_STEPS = 60
+_FAINT = 2.0**-200
+"""A bound of the norm below which, beside weights of the order of one, the steps of Lanczos would underflow."""
 
 
 def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability: float = 1e-12) -> Enclosure:
@@ -41,8 +43,8 @@ def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability:
     steps = steps_needed(factor * n, rtol, failure_probability)
     require_memory(8 * factor * n * (min(steps, n) + 8), f"a Krylov basis of {min(steps, n)} vectors of {n} elements")
     spread = majorant_norm(operator)
-    if spread == 0.0:
-        return Enclosure(0.0, 0.0, "proved", "zero", rtol)
+    if spread <= _FAINT:
+        return Enclosure(0.0, spread, "proved", "entries" if spread else "zero", rtol)
     generator = torch.Generator().manual_seed(secrets.randbits(62))
     kind = torch.complex128 if operator.dtype.is_complex else torch.float64
     start = torch.randn(n, generator=generator, dtype=kind).to(operator.device)
@@ -52,7 +54,8 @@ def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability:
     lower = attained(operator, (vector / torch.linalg.vector_norm(vector)).reshape(operator.in_shape))
     # Where the space is exhausted earlier, every later Krylov space is the same, so `steps` counts all the same.
     eps = epsilon(factor * n, steps, failure_probability)
-    applied = rounding.gamma(operator.terms + operator.out_size + 16) * spread * spread
+    summed = operator.terms + operator.out_size + 16
+    applied = rounding.gamma(summed) * spread * spread + summed * rounding.TINY
     wrong = 8 * (found.steps + 1) * (applied + rounding.gamma(n + found.steps + 16) * found.value) + found.error
     upper = rounding.sqrt_up(rounding.div_up(rounding.add_up(found.value, wrong), rounding.down(1 - eps)) + wrong)
     upper, method = min((rounding.up(upper), "lanczos"), (spread, "entries"))
@@ -81,14 +84,14 @@ def estimated_norm(operator: LinearOperator, *, rtol: float) -> Enclosure:
 
 def steps_needed(n: int, rtol: float, failure_probability: float) -> int:
     """Return the steps after which the bound on the norm is within `rtol`, but for the failure probability."""
-    wanted = 1 - 1 / (1 + 0.9 * rtol) ** 2
+    wanted = min(0.99, 1 - 1 / (1 + 0.9 * rtol) ** 2)
     return math.ceil((math.log(1.596 * math.sqrt(n) / failure_probability) / math.sqrt(wanted) + 1) / 2)
 
 
 def epsilon(n: int, steps: int, failure_probability: float) -> float:
     """Return the relative distance of the eigenvalue above the Ritz value, rounded up, after so many steps."""
     exponent = math.log(1.596 * math.sqrt(n) / failure_probability) * (1 + 1e-12) / (2 * steps - 1)
-    return min(1 - 1e-6, exponent * exponent * (1 + 1e-12))
+    return exponent * exponent * (1 + 1e-12)
 
 
 def _gram(operator: LinearOperator, wide: bool) -> Callable[[Tensor], Tensor]:

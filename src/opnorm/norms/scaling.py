@@ -25,6 +25,15 @@ def widened(weight: Tensor) -> Tensor:
     return weight.to(torch.float64)
 
 
+def largest_part(weight: Tensor) -> float:
+    """Return the largest absolute value of a real or imaginary part; NaN where there is one."""
+    parts = torch.view_as_real(weight.resolve_conj()) if weight.is_complex() else weight
+    if parts.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(parts)
+    return max(-float(low), float(high)) if float(low) == float(low) else math.nan
+
+
 def normalised(weight: Tensor) -> tuple[Tensor, int]:
     """Return `(scaled, exponent)` with `weight = scaled * 2**exponent` and the largest part in [0.5, 1).
 
@@ -38,8 +47,7 @@ def normalised(weight: Tensor) -> tuple[Tensor, int]:
     parts = torch.view_as_real(wide) if wide.is_complex() else wide
     if parts.numel() == 0:
         return wide, 0
-    low, high = torch.aminmax(parts)
-    largest = max(-float(low), float(high))
+    largest = largest_part(wide)
     if not math.isfinite(largest):
         raise WeightError("the weight holds NaN or infinite values; no norm encloses them")
     if largest == 0.0:

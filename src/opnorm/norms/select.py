@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from opnorm._enclosure import Guarantee
-from opnorm.errors import ArgumentError, TooLargeError
+from opnorm.errors import ArgumentError, InputShapeError, TooLargeError
 from opnorm.norms.banded import banded_cost, banded_fits
 from opnorm.norms.fourier import size_free_flops, torus_flops
 from opnorm.norms.memory import available_bytes
@@ -71,8 +71,7 @@ def select(
         >>> select(Dense(torch.ones(10, 20))).method
         'dense'
     """
-    if guarantee not in {"proved", "probable", "estimate"}:
-        raise ArgumentError(f"guarantee={guarantee!r}: it is 'proved', 'probable' or 'estimate'")
+    check_guarantee(guarantee)
     if method != "auto" and method not in METHODS:
         raise ArgumentError(f"method={method!r}: it is 'auto', {', '.join(map(repr, METHODS))}")
     if method == "lanczos" and guarantee == "proved":
@@ -94,6 +93,16 @@ def select(
             'guarantee="probable" needs only vectors'
         )
     return plan
+
+
+def check_guarantee(guarantee: str) -> None:
+    """Refuse what is no guarantee.
+
+    Raises:
+        ArgumentError: if it is none of the three.
+    """
+    if guarantee not in {"proved", "probable", "estimate"}:
+        raise ArgumentError(f"guarantee={guarantee!r}: it is 'proved', 'probable' or 'estimate'")
 
 
 def _size_free(operator: Conv | ConvTranspose) -> bool:
@@ -139,7 +148,11 @@ def _cost(operator: LinearOperator, method: str, rtol: float) -> tuple[float, fl
     if method == "structured":
         if not isinstance(operator, STRUCTURED):
             raise ArgumentError(f"method='structured' does not know {type(operator).__name__}")
-        return float(operator.in_size + operator.out_size), 8.0 * (operator.in_size + operator.out_size)
+        try:
+            length = float(operator.in_size + operator.out_size)
+        except InputShapeError:  # it stands for every input size
+            length = 1.0
+        return length, 8.0 * length
     rows, columns = operator.out_size, operator.in_size
     if method == "lanczos":
         steps = min(steps_needed(min(rows, columns), rtol, 1e-12), rows, columns)

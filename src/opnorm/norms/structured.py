@@ -1,6 +1,7 @@
 """Norms that are read off the structure of a map: diagonal, permuting, separable, scaled."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -48,7 +49,7 @@ def structured_norm(operator: LinearOperator, measure: Measure, *, rtol: float) 
             exact = operator.factor == type(operator.factor)(float(operator.factor))
             low, high = (factor, factor) if exact else (rounding.down(factor), rounding.up(factor))
             lower, upper = rounding.mul_down(part.lower, low), rounding.mul_up(part.upper, high)
-            return Enclosure(lower, upper, part.guarantee, part.method, rtol, part.failure_probability)
+            return replace(part, lower=lower, upper=upper, rtol=rtol)
         case Composed():
             product = reduce(lambda a, b: a * b, map(measure, operator.parts))
             return Enclosure(0.0, product.upper, product.guarantee, "product", rtol, product.failure_probability)

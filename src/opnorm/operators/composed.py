@@ -49,8 +49,10 @@ class Composed(LinearOperator):
         return reduce(torch.promote_types, (part.dtype for part in self.parts))
 
     @property
-    def device(self) -> torch.device:  # noqa: D102
-        return self.parts[0].device
+    def device(self) -> torch.device:
+        """That of the stored weights: what stores none follows its argument."""
+        devices = [part.device for part in self.parts]
+        return next((device for device in devices if device.type != "cpu"), devices[0])
 
     @property
     def terms(self) -> int:
@@ -60,7 +62,9 @@ class Composed(LinearOperator):
     @property
     def entry_error(self) -> float:
         """The parts' own errors, and the rounding of an entry and of its majorant."""
-        errors = (*(part.entry_error for part in self.parts), rounding.gamma(2 * self.terms))
+        # Complex convolutions are three real ones of sums, hence the factor 8.
+        summed = 2 * self.terms * (8 if self.dtype.is_complex else 1)
+        errors = (*(part.entry_error for part in self.parts), rounding.gamma(summed))
         growth = rounding.mul_up(*(rounding.add_up(1.0, error) for error in errors))
         return rounding.add_up(growth, -1.0)
 

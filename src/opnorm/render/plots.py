@@ -42,6 +42,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
 }
 _SMALL_SPAN = 300.0
+_EXTREME = 1e100
 _LEAST = 1e-12
 """Where zero norms are drawn, relative to the largest: a logarithm has no place for them."""
 
@@ -119,9 +120,11 @@ def _plain_decades(axis: Axis, span: float) -> None:
 
 
 def _drawable(values: Sequence[float]) -> list[float]:
+    """Move what a logarithmic axis cannot show to its edge: zeros, infinities, and what it would overflow on."""
     finite = [value for value in values if 0.0 < value < math.inf]
-    top, least = max(finite, default=1.0), max(finite, default=1.0) * _LEAST
-    return [min(max(value, least), top) for value in values]
+    top = min(max(finite, default=1.0), _EXTREME)
+    least = max(top * _LEAST, 1.0 / _EXTREME)
+    return [min(max(value, least), max(top, least)) for value in values]
 
 
 def _size(count: int) -> float:
