@@ -123,7 +123,9 @@ def main() -> None:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
         print(f"{name:32} {shown}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"torch": torch.__version__, "seeds": arguments.seeds, "rows": results}, indent=1))
+    arguments.out.write_text(
+        json.dumps({"torch": torch.__version__, "seeds": arguments.seeds, "rows": results}, indent=1)
+    )
 
 
 if __name__ == "__main__":
