@@ -11,6 +11,10 @@ from opnorm.certificate.posdef import SQRT2
 from opnorm.norms.attained import norm_above
 from opnorm.norms.tall import Tall
 
+_LARGE = 1024
+"""Columns from which the library's own symmetric product pays."""
+_STRIPS = 4
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -58,11 +62,22 @@ def attained_square(gram: Gram, x: Tensor) -> float:
 
 
 def _product(block: Tensor) -> Tensor:
-    """`B^H B`; on the CPU by the symmetric product that NumPy calls for a matrix and its own transpose."""
-    if block.is_complex() or block.device.type != "cpu":
-        return block.mH @ block
-    array = block.numpy()
-    return torch.from_numpy(array.T @ array)
+    """`B^H B`, one triangle computed and mirrored.
+
+    Large products on the CPU go to the symmetric product that NumPy calls for a matrix and its own transpose. Small
+    ones stay with torch: two libraries that take turns keep each other's threads waiting.
+    """
+    n = block.shape[1]
+    if n >= _LARGE and block.device.type == "cpu" and not block.is_complex():
+        array = block.numpy()
+        return torch.from_numpy(array.T @ array)
+    total = block.new_empty(n, n)
+    step = -(-n // _STRIPS)
+    for first in range(0, n, step):
+        strip, end = block[:, first : first + step], min(first + step, n)
+        total[first:end, :end] = strip.mH @ block[:, :end]
+        total[:first, first:end] = total[first:end, :first].mH
+    return total
 
 
 def cheap_bound(matrix: Tensor) -> float:
