@@ -14,12 +14,14 @@ if TYPE_CHECKING:
         checkpoint,
         errors,
         layers,
+        network,
         norms,
         operators,
         testing,
     )
     from opnorm._enclosure import Enclosure
     from opnorm.auditing import Report, audit
+    from opnorm.network import NetworkBound, lipschitz
     from opnorm.norms import norm
     from opnorm.parametrize import (
         Coverage,
@@ -40,12 +42,14 @@ _HOME = {
     "Coverage": "opnorm.parametrize",
     "Enclosure": "opnorm._enclosure",
     "Monitor": "opnorm.parametrize",
+    "NetworkBound": "opnorm.network",
     "Projector": "opnorm.parametrize",
     "Report": "opnorm.auditing",
     "audit": "opnorm.auditing",
     "convert": "opnorm.parametrize",
     "coverage": "opnorm.parametrize",
     "fold": "opnorm.parametrize",
+    "lipschitz": "opnorm.network",
     "norm": "opnorm.norms",
     "normalize": "opnorm.parametrize",
     "normalize_checkpoint": "opnorm.rewrite",
@@ -59,6 +63,7 @@ _MODULES = frozenset(
         "checkpoint",
         "errors",
         "layers",
+        "network",
         "norms",
         "operators",
         "testing",
@@ -69,6 +74,7 @@ __all__ = [
     "Coverage",
     "Enclosure",
     "Monitor",
+    "NetworkBound",
     "Projector",
     "Report",
     "audit",
@@ -78,6 +84,8 @@ __all__ = [
     "errors",
     "fold",
     "layers",
+    "lipschitz",
+    "network",
     "norm",
     "normalize",
     "normalize_checkpoint",

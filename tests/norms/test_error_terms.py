@@ -8,13 +8,14 @@ import torch
 from mpmath import mp, mpc, mpf
 
 import opnorm
-from exact_norm import norm_at_most
+from exact_norm import enclose_exactly, norm_at_most
 from opnorm.norms.attained import attained
 from opnorm.norms.blocks import _ceilings
 from opnorm.norms.dense import _factored
-from opnorm.norms.gram import Gram, cheap_bound, gram_of_columns
+from opnorm.norms.gram import Gram, attained_square, cheap_bound, gram_of_columns
 from opnorm.norms.materialised import matrix_of
 from opnorm.norms.symbol import Grid
+from opnorm.norms.tall import attained_by_rows, cheap_bound_of_rows, tall
 from opnorm.operators import Conv, Dense
 
 
@@ -26,7 +27,7 @@ def gaussian(*shape, seed=0, dtype=torch.float64):
 def test_gram_matrices_are_as_close_as_they_say(dtype):
     """Entry by entry in rational numbers; the largest deviation is at most the spectral norm of the error."""
     matrix = gaussian(60, 3, dtype=dtype) / 8
-    found = gram_of_columns(matrix)
+    found = gram_of_columns(tall(matrix))
     worst = Fraction(0)
     for i in range(3):
         for j in range(i + 1):
@@ -90,7 +91,7 @@ def test_ceilings_hold_for_every_matrix_within_the_error():
     gram = gaussian(4, 3, seed=5)
     gram = gram.mT @ gram
     error, t = 0.25, 1.5 * float(torch.linalg.eigvalsh(gram)[-1])
-    found = _factored(Gram(gram, error), t)
+    found = _factored(Gram(gram, error, 1.0), t)
     assert found.ceiling >= t + error and found.ceiling < t + error + 1e-12
     low = torch.full((1, 1), 0.5, dtype=torch.float64)
     stack = torch.stack([low, 0 * low, 4 * low])
@@ -101,10 +102,32 @@ def test_ceilings_hold_for_every_matrix_within_the_error():
     assert float(found) >= 1 + 400 * 2.0**-53
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3), (9, 2), (2, 9), (700, 4)], ids=str)
+def test_gains_read_off_rows_and_off_the_gram_matrix_are_attained(dtype, shape):
+    matrix = gaussian(*shape, seed=7, dtype=dtype) / 8
+    rows = tall(matrix)
+    gram = gram_of_columns(rows)
+    vector = torch.linalg.eigh(gram.matrix).eigenvectors[:, -1]
+    exact = enclose_exactly(matrix)
+    for found in (attained_by_rows(rows, vector), math.sqrt(attained_square(gram, vector))):
+        assert exact.upper * (1 - 1e-11) <= found <= exact.upper
+    # A vector of another length has the same gain; no rounding of its length may help it.
+    assert math.sqrt(attained_square(gram, vector * (1 - 2.0**-30))) <= exact.upper
+
+
+def test_an_attained_square_gives_back_what_the_gram_matrix_may_be_wrong_by():
+    gram = Gram(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)), 0.5, 4.0)
+    found = attained_square(gram, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert 3.5 - 1e-12 <= found <= 3.5 - 4 * 2.0**-53
+
+
 def test_cheap_bounds_are_bounds():
     for seed in range(30):
         matrix = gaussian(4, 5, seed=seed) * 10.0 ** (-10 * seed)
         assert norm_at_most(matrix, cheap_bound(matrix))
+        rows = tall(matrix)
+        assert norm_at_most(matrix, math.ldexp(cheap_bound_of_rows(rows), rows.exponent))
 
 
 def test_a_group_with_the_larger_frobenius_norm_is_not_the_last():

@@ -26,12 +26,19 @@ def attained(operator: LinearOperator, x: Tensor) -> float:
         # |A x - fl(A x)| <= gamma |A| |x|; complex arithmetic by three real products is covered by the factor 8.
         majorant = operator.absolute().apply(x.abs())
     factor = 8.0 if image.is_complex() else 1.0
+    constant = rounding.mul_up(factor, rounding.gamma(operator.terms + 8) + operator.entry_error)
+    return gain_below(image, majorant, constant, x)
+
+
+def gain_below(image: Tensor, majorant: Tensor, constant: float, x: Tensor) -> float:
+    """Return a lower bound of `|y| / |x|`, where `y` is computed as `image` and off by `constant * majorant` at most.
+
+    It is 0 where the image is so faint that underflow may have made it, or is NaN.
+    """
     if not float(image.abs().max()) > _FAINT:
         return 0.0
-    constant = rounding.mul_up(factor, rounding.gamma(operator.terms + 8) + operator.entry_error)
-    loss = rounding.mul_up(constant, norm_above(majorant))
-    gain = norm_below(image) - loss
-    return rounding.div_down(rounding.down(gain), norm_above(x)) if gain > 0 else 0.0
+    gain = rounding.down(norm_below(image) - rounding.mul_up(constant, norm_above(majorant)))
+    return rounding.div_down(gain, norm_above(x)) if gain > 0 else 0.0
 
 
 def attained_by_matrix(matrix: Tensor, x: Tensor) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.errors import WeightError
-from opnorm.norms.attained import norm_above, norm_below
+from opnorm.norms.attained import gain_below
 from opnorm.norms.scaling import largest_part, widened
 
 _BLOCK = 2**18
@@ -71,9 +71,7 @@ def attained_by_rows(matrix: Tall, x: Tensor) -> float:
         modulus = block.abs() if block.is_complex() else block.abs_()
         majorants.append(modulus @ x.abs())
     constant = rounding.gamma(matrix.shape[1] + 8) * (8.0 if matrix.stored.is_complex() else 1.0)
-    loss = rounding.mul_up(constant, norm_above(torch.cat(majorants)))
-    gain = rounding.down(norm_below(torch.cat(images)) - loss)
-    return rounding.div_down(gain, norm_above(x)) if gain > 0 else 0.0
+    return gain_below(torch.cat(images), torch.cat(majorants), constant, x)
 
 
 def cheap_bound_of_rows(matrix: Tall) -> float:
