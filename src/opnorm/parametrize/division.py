@@ -43,7 +43,7 @@ class Divide(Function):
     """`W / d` for a real weight, or a stored value of it, with the gradient above."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - torch's interface
+    def forward(
         ctx: Any,
         matrices: Tensor,
         triple: Triple,
@@ -100,7 +100,7 @@ class ScaledLinear(Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - torch's interface
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -145,7 +145,7 @@ class ScaledLinear(Function):
         return grad_x, grad_weight, grad_bias, *none
 
 
-def _again(  # noqa: PLR0917
+def _again(
     x: Tensor, weight: Tensor, gradient: Tensor, triple: Triple, lipschitz: float, clip: bool, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients as differentiable functions of everything, for gradients of gradients."""

@@ -46,7 +46,7 @@ def tables(view: View, dtype: torch.dtype, device: torch.device) -> Tables:
 
 
 @lru_cache(maxsize=128)
-def _tables(  # noqa: PLR0917 - a key of the cache
+def _tables(
     positions: tuple[tuple[int, ...], ...],
     residues: tuple[int, ...],
     strides: tuple[int, ...],
