@@ -182,6 +182,16 @@ def test_no_write_leaves_a_stale_weight(write):
     assert matrix_norm(layer.train().weight) == pytest.approx(1.0, rel=0.05)
 
 
+def test_another_tensor_with_the_same_sample_is_another_weight():
+    layer = opnorm.spectral_norm(nn.Linear(40, 40)).eval()
+    x = torch.randn(1, 40)
+    layer(x)
+    other = raws(layer)[0].detach().clone()
+    other.view(-1)[3:4] = 50.0
+    found = torch.func.functional_call(layer, {"parametrizations.weight.original": other}, (torch.eye(40),))
+    assert matrix_norm(found - layer.bias) <= 1.0 + 1e-6
+
+
 def test_evaluation_after_eval_compares_every_bit():
     layer = opnorm.spectral_norm(nn.Linear(40, 40)).eval()
     layer(torch.randn(1, 40))

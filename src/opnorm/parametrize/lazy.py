@@ -98,6 +98,7 @@ class NormalizedWeight(Tensor):
             fast = args[1]._owner.linear(args[0], args[1]._root, bias) if args[1] is args[1]._root else None
             if fast is not None:
                 return fast
+            return func(args[0], args[1].materialised(), bias)
         if func in _DESCRIBE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -119,8 +120,7 @@ class NormalizedWeight(Tensor):
             args, kwargs = tree_map_only(NormalizedWeight, lambda weight: weight._raw, (args, kwargs))
             with torch.no_grad():
                 return func(*args, **kwargs)
-        args, kwargs = tree_map_only(NormalizedWeight, NormalizedWeight.materialised, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*_plain(args), **dict(zip(kwargs, _plain(tuple(kwargs.values())), strict=True)))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -134,6 +134,19 @@ class NormalizedWeight(Tensor):
         raise ArgumentError(
             f"{func} got a normalised weight in a way that opnorm cannot follow; pass layer.weight.clone() instead"
         )
+
+
+def _plain(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with normalised weights computed; lists and tuples of tensors are searched too."""
+    found = []
+    for value in values:
+        if isinstance(value, NormalizedWeight):
+            found.append(value.materialised())
+        elif isinstance(value, list | tuple | dict):
+            found.append(tree_map_only(NormalizedWeight, NormalizedWeight.materialised, value))
+        else:
+            found.append(value)
+    return tuple(found)
 
 
 def _writes(name: str) -> bool:

@@ -277,7 +277,7 @@ class SpectralNormalization(nn.Module):
         lipschitz = self.lipschitz if bound is None else float(bound.detach())
         key = values.key(weight, self._epoch)
         if self._stored is not None and self._stored[2] == lipschitz:
-            if not sharding.agreed(weight, self._verify or not values.same(self._stored[0], key)):
+            if not sharding.agreed(weight, self._verify or key != self._stored[0]):
                 return self._stored[3]
             same = self._stored[3].device == weight.device and values.fingerprint(weight) == self._stored[1]
             if not sharding.agreed(weight, not same):
