@@ -23,7 +23,7 @@ from opnorm.errors import ArgumentError, ArithmeticModeError, OpnormError
 Progress = Callable[[int, int, str], None]
 """Called with the elements done, all elements, and the name of the tensor that comes next."""
 
-DEFAULT_RTOL: dict[Guarantee, float] = {"proved": 1e-6, "probable": 1e-3, "estimate": 1e-6}
+DEFAULT_RTOL: dict[Guarantee, float] = {"proved": 1e-4, "probable": 1e-3, "estimate": 1e-4}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ EXIT_VIOLATED = 1
     show_default=True,
     help="What every upper end must hold.",
 )
-@click.option("--rtol", type=float, help="Target for upper / lower - 1.  [default: 1e-6; 1e-3 where probable]")
+@click.option("--rtol", type=float, help="Target for upper / lower - 1.  [default: 1e-4; 1e-3 where probable]")
 @click.option(
     "--role", "roles", metavar="PATTERN=ROLE", multiple=True, help="Read tensors as linear, conv, slices, skip."
 )
