@@ -60,7 +60,7 @@ def audit(
             groups and paddings of its convolutions.
         guarantee: what every upper end must hold: "proved", "probable" or "estimate".
         rtol: a target for `upper / lower - 1`; where it cannot be met the enclosure is wider, never weaker. None stands
-            for 1e-6, and for 1e-3 where the guarantee is "probable".
+            for 1e-4, and for 1e-3 where the guarantee is "probable".
         fail_on: rules such as "upper>10"; what breaks them is in `Report.violations`.
         roles: how tensors are to be read, as "PATTERN=ROLE", where their names and shapes do not tell.
         part: of a nested torch file, such as "ema".

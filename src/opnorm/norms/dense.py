@@ -46,7 +46,7 @@ def dense_norm(matrix: Tensor, *, rtol: float, slack: float = 0.0) -> Enclosure:
     gram = gram_of_columns(rows)
     vector = top_vector(gram.matrix, rtol)
     noise = gram.error + 4 * side * rounding.U * float(gram.matrix.diagonal().abs().sum())
-    rounded = gram.error + rounding.gamma(2 * side + 8) * gram.reach
+    rounded = gram.error + rounding.gamma(2 * side + 8) * gram.energy
     by_gram = rounded < 0.01 * rtol * float(gram.matrix.diagonal().abs().max())
     lower, ceiling = close_in(
         # The Gram matrix is smaller than the weight, and its rounding too small to show.

@@ -22,41 +22,39 @@ class Gram:
 
     matrix: Tensor  # shape: (n, n), float64 or complex128; both triangles
     error: float
-    reach: float
-    """A bound of the largest row sum of `|A|^H |A|`, and so of `|A^H A|`."""
+    energy: float
+    """A bound of the squared Frobenius norm of A, and so of the spectral norm of `|A|^H |A|`."""
 
 
 def gram_of_columns(matrix: Tall) -> Gram:
     """Return `A^H A` for `A` of shape (m, n).
 
     Each entry is an inner product of length m, so it is off by at most `gamma_m |A|^T |A|` in any order of summation
-    (Higham, section 3.1; for complex arithmetic sqrt(2) gamma_2m); the infinity norm bounds the spectral norm of
-    that symmetric matrix.
+    (Higham, section 3.1; for complex arithmetic sqrt(2) gamma_2m), a matrix of spectral norm `gamma_m | |A| |^2`, and
+    the squared Frobenius norm of A, which is the trace, bounds that of |A|.
     """
     m, n = matrix.shape
     total: Tensor | None = None
-    reach = torch.zeros(n, dtype=torch.float64, device=matrix.stored.device)
     for block in matrix.blocks():
         product = _product(block)
         total = product if total is None else total.add_(product)
-        modulus = block.abs() if block.is_complex() else block.abs_()
-        reach += modulus.mT @ modulus.sum(1)
     assert total is not None  # a matrix without rows has no norm to prove
-    largest = rounding.mul_up(float(reach.max()), 1 + rounding.gamma(m + n + 4))
+    diagonal = total.diagonal().real if total.is_complex() else total.diagonal()
+    lost = rounding.mul_up(4.0 * n * m, rounding.TINY)
+    energy = rounding.add_up(rounding.mul_up(float(diagonal.sum()), 1 + 2 * rounding.gamma(2 * m + n + 8)), lost)
     constant = rounding.mul_up(SQRT2, rounding.gamma(2 * m + 2)) if total.is_complex() else rounding.gamma(m + 1)
-    error = rounding.add_up(rounding.mul_up(constant, largest), rounding.mul_up(4.0 * n * m, rounding.TINY))
-    return Gram(total, error, largest)
+    return Gram(total, rounding.add_up(rounding.mul_up(constant, energy), lost), energy)
 
 
 def attained_square(gram: Gram, x: Tensor) -> float:
     """Return a proved lower bound of the largest eigenvalue: the Rayleigh quotient at x, shape (n,), of norm near one.
 
-    Its own rounding is at most `gamma_(2n+2) |x|^T |G| |x|`, with `|G|` bounded by its row sums.
+    Its own rounding is at most `gamma_(2n+2) |x|^T |G| |x|`, and `|G| <= |A|^H |A|`.
     """
     quotient = float(torch.vdot(x, gram.matrix @ x).real)
     square = rounding.mul_up(norm_above(x), norm_above(x))
     factor = 8.0 if x.is_complex() else 1.0
-    lost = rounding.mul_up(factor, rounding.gamma(2 * x.shape[0] + 8), rounding.add_up(gram.reach, gram.error), square)
+    lost = rounding.mul_up(factor, rounding.gamma(2 * x.shape[0] + 8), rounding.add_up(gram.energy, gram.error), square)
     value = rounding.down(quotient - lost)
     return max(0.0, rounding.down(rounding.div_down(value, square) - gram.error)) if value > 0 else 0.0
 
