@@ -7,6 +7,7 @@ packaged digits. Times are CPU seconds of one thread.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -48,7 +49,7 @@ class ResidualMLP(nn.Module):
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -123,7 +124,9 @@ def main() -> None:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
         print(f"{name:32} {shown}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"torch": torch.__version__, "seeds": arguments.seeds, "rows": results}, indent=1))
+    arguments.out.write_text(
+        json.dumps({"torch": torch.__version__, "seeds": arguments.seeds, "rows": results}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ class Projection(nn.Module):
 
     def __init__(self, classes: int = 0, width: int = 6) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(DownBlock(3, width, first=True), DownBlock(width, width), DownBlock(width, width, down=False))
+        self.blocks = nn.Sequential(
+            DownBlock(3, width, first=True), DownBlock(width, width), DownBlock(width, width, down=False)
+        )
         self.out = spectral_norm(nn.Linear(width, 1))
         self.embed = spectral_norm(nn.Embedding(classes, width)) if classes else None
 
@@ -50,7 +52,9 @@ class MultiScale(nn.Module):
     @staticmethod
     def _one() -> nn.ModuleList:
         first = nn.Sequential(nn.Conv2d(3, 4, 4, 2, 2), nn.LeakyReLU(0.2, inplace=True))
-        second = nn.Sequential(spectral_norm(nn.Conv2d(4, 8, 4, 2, 2)), nn.InstanceNorm2d(8), nn.LeakyReLU(0.2, inplace=True))
+        second = nn.Sequential(
+            spectral_norm(nn.Conv2d(4, 8, 4, 2, 2)), nn.InstanceNorm2d(8), nn.LeakyReLU(0.2, inplace=True)
+        )
         return nn.ModuleList([first, second, nn.Conv2d(8, 1, 4, 1, 2)])
 
     def forward(self, x: Tensor) -> list[Tensor]:

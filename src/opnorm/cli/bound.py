@@ -42,7 +42,7 @@ def bound(
 
     Raises:
         BadParameter: if the model or the shape cannot be read.
-    """  # noqa: DOC502 - raised by the helpers
+    """
     import torch
 
     import opnorm

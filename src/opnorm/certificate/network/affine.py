@@ -1,7 +1,7 @@
 """Matrices known up to an entrywise error, and the affine steps of a program in terms of them."""
 
-from dataclasses import dataclass
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -121,4 +121,3 @@ def scaled_rows(rows: Rows, factors: Tensor) -> Rows:
     if rows.error is not None:
         error = error + rows.error * factors.abs()[:, None]
     return Rows(value, error * (1 + 8 * rounding.U))
-
