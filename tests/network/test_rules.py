@@ -6,10 +6,10 @@ from collections.abc import Callable
 import mpmath
 import pytest
 import torch
-from network.networks import Lambda
 from torch import Tensor, nn
 
 import opnorm
+from network.networks import Lambda
 from opnorm.certificate.network.activations import FIXED, slopes_between
 from opnorm.certificate.network.program import slopes
 from opnorm.errors import ArgumentError
@@ -53,7 +53,7 @@ def test_slopes_on_an_interval_enclose_the_derivative(kind: str) -> None:
     [torch.exp, torch.square, lambda x: x * x, lambda x: x**3, lambda x: x / (x + 1), torch.sqrt, nn.Hardshrink()],
 )
 def test_unbounded_operations_are_infinite_with_a_reason(function: Callable[[Tensor], Tensor]) -> None:
-    bound = opnorm.lipschitz(Lambda(lambda x: function(x)), torch.rand(2, 3) + 1)
+    bound = opnorm.lipschitz(Lambda(function), torch.rand(2, 3) + 1)
     assert bound.upper == math.inf
     assert any(node.note for node in bound.nodes)
 
@@ -71,7 +71,7 @@ def test_a_rule_of_ones_own_is_used() -> None:
     def rule(node, build):  # type: ignore[no-untyped-def]
         return build.opaque(node, (build.source(node.args[0], node),), 0.5, "sin / 2 has slopes in [-1/2, 1/2]")
 
-    bound = opnorm.lipschitz(Lambda(lambda x: half_sine(x)), torch.randn(2, 3))
+    bound = opnorm.lipschitz(Lambda(half_sine), torch.randn(2, 3))
     assert bound.upper == pytest.approx(0.5)
     assert any("1/2" in line for line in bound.certificate().assumptions)
 
@@ -81,9 +81,12 @@ REGIONAL = {
     "square": (Lambda(lambda x: (x**2).sum(1, keepdim=True)), (4,)),
     "exp": (Lambda(torch.exp), (3,)),
     "layer norm": (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), (4,)),
-    "attention": (Lambda(lambda x, a: nn.functional.scaled_dot_product_attention(*a(x).chunk(3, -1)), nn.Linear(3, 9)), (4, 3)),
+    "attention": (
+        Lambda(lambda x, a: nn.functional.scaled_dot_product_attention(*a(x).chunk(3, -1)), nn.Linear(3, 9)),
+        (4, 3),
+    ),
     "mlp": (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)), (4,)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REGIONAL)
@@ -97,7 +100,7 @@ def test_bounds_on_a_region_hold_inside_it(name: str, radius: float) -> None:
     sizes = offsets.flatten(1).norm(dim=1).reshape(-1, *([1] * len(shape)))
     inside = center.double() + offsets / sizes * radius * torch.rand(sizes.shape, dtype=torch.float64) * (1 - 1e-9)
     whole = NormBall(float(center.norm()) + radius)
-    for region in (Ball(center, radius), whole if radius > 0.1 else Box(center - radius, center + radius)):
+    for region in (whole,) if radius > 0.1 else (Ball(center, radius), Box(center - radius, center + radius)):
         bound = opnorm.lipschitz(model.float(), center[None], region=region, method="fast")
         assert bound.lower <= bound.upper < math.inf
         model.double()

@@ -25,7 +25,7 @@ from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS = 30.0
 _DENSE_FIRST = 1100
-_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.5
+_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
 _METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
 
 
