@@ -7,6 +7,7 @@ packaged digits. Times are CPU seconds of one thread.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -48,7 +49,7 @@ class ResidualMLP(nn.Module):
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

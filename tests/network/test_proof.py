@@ -21,7 +21,7 @@ def ball(matrix: Tensor) -> flint.arb_mat:
 
 
 def exact_bound(weights: list[Tensor], multipliers: list[Tensor]) -> flint.arb:
-    """The ReLU recursion `P <- S (S - Q/4)^-1 S` in ball arithmetic, and the root of the trace norm's top eigenvalue."""
+    """The ReLU recursion `P <- S (S - Q/4)^-1 S` in ball arithmetic, and the root of the top eigenvalue."""
     cover = None
     for weight, s in zip(weights[:-1], multipliers, strict=True):
         w = ball(weight)

@@ -25,7 +25,7 @@ from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS = 30.0
 _DENSE_FIRST = 1100
-_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.5
+_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
 _METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
 
 
@@ -149,15 +149,15 @@ def lipschitz(
     target = pair.quotient if pair else 0.0
     if where is None:
         plain = naive(program, graph.weights)
-        best = _calculus(program, graph, method, guarantee, seconds, target, remarks)
-        return _assembled(program, graph, plain, best, pair, guarantee, remarks)
+        best = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds, target=target, remarks=remarks)
+        return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
     local = _localised(program, graph, example_input, where)
     plain = naive(local, graph.weights)
-    best = _calculus(local, graph, method, guarantee, seconds / 2, target, remarks)
-    anywhere = _calculus(program, graph, method, guarantee, seconds / 2, target, [])
+    best = _calculus(local, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=remarks)
+    anywhere = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=[])
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
-    return _assembled(local, graph, plain, best, pair, guarantee, remarks, certify=False)
+    return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, certify=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +172,7 @@ def _calculus(
     program: Program,
     graph: Graph,
     method: str,
+    *,
     guarantee: Guarantee,
     seconds: float,
     target: float,
@@ -215,6 +216,7 @@ def _assembled(
     plain: Naive,
     best: _Candidate | None,
     pair: Pair | None,
+    *,
     guarantee: Guarantee,
     remarks: list[str],
     certify: bool = True,
@@ -278,7 +280,7 @@ def _localised(program: Program, graph: Graph, example_input: Example, where: Ar
     weights = {**graph.weights, **program.constants}
     small = max(step.size for step in program.steps) <= _SHARPEN_SIZE
     few = sum(isinstance(step, Elementwise) for step in program.steps) <= _SHARPEN_STEPS
-    return localise(program, graph, weights, samples, where, _sharpen(graph) if small and few else None)
+    return localise(program, graph, weights, samples, region=where, sharpen=_sharpen(graph) if small and few else None)
 
 
 def _sharpen(graph: Graph) -> Sharpen:
@@ -298,7 +300,7 @@ def _lower(graph: Graph, example_input: Example, where: Around | None) -> Pair |
     function = Function(graph, two_samples(example_input))
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     floats = [b for b in inputs if b.is_floating_point()]
-    count = min(min(len(b) for b in floats), 16)
+    count = min(16, *(len(b) for b in floats))
     starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
     if where is None:
         return attained(function, starts)

@@ -72,13 +72,13 @@ def forward(chain: Chain, choose: Chooser, *, slim: bool = False) -> Forward:
         s = choose(number, stage, b)
         factor = torch.linalg.cholesky(torch.diag(s[stage.groups]).to(b.dtype) - b)
         passed.append(Passed(stage, cover[:0], b[:0], factor[:0], s) if slim else Passed(stage, cover, b, factor, s))
-        cover = update(stage, cover, half, b, s, factor)
+        cover = update(stage, cover, half, b, s=s, factor=factor)
         number += 1
     out = chain.out.value
     return Forward(_hermitian(out @ cover @ out.mH), tuple(passed))
 
 
-def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, s: Tensor, factor: Tensor) -> Tensor:
+def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, *, s: Tensor, factor: Tensor) -> Tensor:
     """The cover after a stage: `Z P Z^H + Z P A^H (S - B)^-1 A P Z^H + S` on the free part."""
     mean = stage.mean.value
     free = torch.diag(stage.free_diagonal(s)).to(cover.dtype)

@@ -49,6 +49,7 @@ def localise(
     graph: Graph,
     weights: Weights,
     values: dict[str, Tensor],
+    *,
     region: Around,
     sharpen: Sharpen | None = None,
 ) -> Program:
@@ -87,13 +88,15 @@ def localise(
                     reach = _Reach.of(torch.minimum(reach.each, constants * region.radius * (1 + 1e-12)), reach.total)
             new = [_sloped(step, own[0], given[0], reach, doubts[0])]
         elif isinstance(step, Opaque) and step.kind == "multiply" and len(given) == 2:
-            new = _product(step, own, given, inputs, doubts, len(steps))
+            new = _product(step, own, given, inputs, doubts, start=len(steps))
         elif isinstance(step, Opaque) and step.kind and given:
             new = [_tightened(replace(step, sources=tuple(own)), given, inputs, doubts)]
         for item in new:
             sources = [reaches[i] for i in item.sources]
             reaches.append(_reach_of(item, sources, weights, region, norms))
-            errors.append(_error_of(item, [errors[i] for i in item.sources], given, values, node.name, weights))
+            errors.append(
+                _error_of(item, [errors[i] for i in item.sources], given, values, name=node.name, weights=weights)
+            )
             steps.append(item)
         moved[position] = len(steps) - 1
     return Program(tuple(steps), tuple(moved[i] for i in program.outputs), program.constants)
@@ -130,7 +133,7 @@ def _sloped(step: Elementwise, source: int, value: Tensor, reach: _Reach, doubt:
 
 
 def _product(
-    step: Opaque, own: list[int], given: list[Tensor], inputs: list[_Reach], doubts: list[Tensor], start: int
+    step: Opaque, own: list[int], given: list[Tensor], inputs: list[_Reach], doubts: list[Tensor], *, start: int
 ) -> list[Step]:
     """`d(x g) = g dx + x dg` with g and x halfway between two points: two functions with bounded slopes, added."""
     shape = step.shape
@@ -238,7 +241,7 @@ def _reach_of(
 
 
 def _error_of(
-    step: Step, sources: list[Tensor], given: list[Tensor], values: dict[str, Tensor], name: str, weights: Weights
+    step: Step, sources: list[Tensor], given: list[Tensor], values: dict[str, Tensor], *, name: str, weights: Weights
 ) -> Tensor:
     """How far the computed value at the centre can be from the exact one."""
     value = values.get(name)

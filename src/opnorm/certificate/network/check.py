@@ -1,9 +1,11 @@
 """Verify a network's certificate from the weights alone: nothing of the search is used."""
 
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.file import NetworkCertificate, digest, read_names
@@ -33,15 +35,31 @@ class Verified:
     assumptions: tuple[str, ...]
 
 
-def verify_network(certificate: NetworkCertificate, weights: Weights) -> Verified:
+def verify_network(certificate: NetworkCertificate | str | PathLike[str], weights: Weights | nn.Module) -> Verified:
     """Prove a certificate's claim again.
+
+    Args:
+        certificate: or the path of its file.
+        weights: tensors by name, or a model with them.
 
     The certificate states the graph: that the network computes it is what its reader has to accept, together with the
     `assumptions`. Slopes of named activations are looked up here, not believed.
 
     Raises:
         CertificateError: if the weights are others, a slope is too small, or the bound cannot be proved.
+
+    Example:
+        >>> import torch, opnorm
+        >>> from opnorm.certificate.network import verify_network
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> certificate = opnorm.lipschitz(net, torch.randn(2, 4), method="fast").certificate()
+        >>> verify_network(certificate, net).upper == certificate.upper
+        True
     """
+    if not isinstance(certificate, NetworkCertificate):
+        certificate = NetworkCertificate.load(Path(certificate))
+    if isinstance(weights, nn.Module):
+        weights = weights.state_dict()
     for name in read_names(certificate.program):
         if name not in weights:
             raise CertificateError(f"the weight {name!r} is missing")

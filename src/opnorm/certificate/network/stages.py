@@ -240,7 +240,7 @@ def dense_chain(
             rows[position] = _slice_of_identity(width, start, step.size)
             start += step.size
         elif isinstance(step, Elementwise | Opaque):
-            stage, rows = _stage(program, position, rows, last, limit, (slopes or {}).get(position))
+            stage, rows = _stage(program, position, rows, last, limit=limit, local=(slopes or {}).get(position))
             stages.append(stage)
         else:
             _require(step.size, limit)
@@ -274,6 +274,7 @@ def _stage(
     position: int,
     rows: dict[int, Rows],
     last: list[int],
+    *,
     limit: int,
     local: tuple[Tensor, Tensor] | None,
 ) -> tuple[Stage, dict[int, Rows]]:

@@ -50,7 +50,7 @@ def layout(program: Program) -> Layout:
 
     Raises:
         UnsupportedLayerError: if a step has no counterpart on a torus.
-    """
+    """  # noqa: DOC501 - made by a helper
     first = program.steps[program.inputs[0]]
     if len(program.inputs) != 1 or len(first.shape) < 2:
         raise _unfit(first, "the Fourier calculus needs one input of images")
@@ -61,7 +61,7 @@ def layout(program: Program) -> Layout:
         needs = list(first.shape[1:])
         coarsest = [1] * len(needs)
         for position, step in enumerate(program.steps):
-            place = _place(step, position, places, crops, torus, needs)
+            place = _place(step, position, places, crops=crops, torus=torus, needs=needs)
             places.append(place)
             if place is not None:
                 needs = [max(n, s * f) for n, s, f in zip(needs, place.size, place.level, strict=True)]
@@ -78,7 +78,7 @@ def layout(program: Program) -> Layout:
 
 
 def _place(
-    step: Step, position: int, places: list[Place | None], crops: set[int], torus: tuple[int, ...], needs: list[int]
+    step: Step, position: int, places: list[Place | None], *, crops: set[int], torus: tuple[int, ...], needs: list[int]
 ) -> Place | None:
     """The place of a step's result; `needs` and `crops` grow on the way."""
     if isinstance(step, Input):
@@ -91,7 +91,7 @@ def _place(
     here = [s for s in sources if s is not None]
     source = here[0]
     if isinstance(step, Linear):
-        return _after_linear(step, position, source, crops, torus, needs)
+        return _after_linear(step, position, source, crops=crops, torus=torus, needs=needs)
     if isinstance(step, Sum):
         _same_level(step, here)
         return Place(source.channels, source.size, source.level, any(s.dirty for s in here))
@@ -109,7 +109,7 @@ def _place(
 
 
 def _after_linear(
-    step: Linear, position: int, source: Place, crops: set[int], torus: tuple[int, ...], needs: list[int]
+    step: Linear, position: int, source: Place, *, crops: set[int], torus: tuple[int, ...], needs: list[int]
 ) -> Place | None:
     linear = step.map
     if isinstance(linear, Scale) and linear.in_shape == (source.channels, *source.size):
@@ -117,7 +117,7 @@ def _after_linear(
             raise _unfit(step, "its factors differ within a channel")
         return source
     if isinstance(linear, Convolution):
-        return _after_convolution(step, linear, position, source, crops, torus, needs)
+        return _after_convolution(step, linear, position, source, crops=crops, torus=torus, needs=needs)
     if isinstance(linear, Gather) and linear.out_shape[1:] == source.size:
         return Place(linear.out_shape[0], source.size, source.level, source.dirty)
     if isinstance(linear, Matrix) and is_head(linear, source):
@@ -133,7 +133,7 @@ def is_head(linear: LinearMap, source: Place) -> bool:
 
 
 def _after_convolution(
-    step: Linear, conv: Convolution, position: int, source: Place, crops: set[int], torus: tuple[int, ...],
+    step: Linear, conv: Convolution, position: int, source: Place, *, crops: set[int], torus: tuple[int, ...],
     needs: list[int],
 ) -> Place:  # fmt: skip
     if conv.in_shape != (source.channels, *source.size):
@@ -156,11 +156,19 @@ def _after_convolution(
     for axis, f in enumerate(source.level):
         reach = max(source.size[axis] + conv.padding[axis][0], last[axis] + 1)
         needs[axis] = max(needs[axis], reach * f)
-    return Place(conv.out_shape[0], size, level, _leaves_dirt(conv, source, size, spans, torus, pointwise))
+    return Place(
+        conv.out_shape[0], size, level, _leaves_dirt(conv, source, size, spans, torus=torus, pointwise=pointwise)
+    )
 
 
 def _leaves_dirt(
-    conv: Convolution, source: Place, size: tuple[int, ...], spans: list[int], torus: tuple[int, ...], pointwise: bool
+    conv: Convolution,
+    source: Place,
+    size: tuple[int, ...],
+    spans: list[int],
+    *,
+    torus: tuple[int, ...],
+    pointwise: bool,
 ) -> bool:
     """Whether some point outside the result's image reads a point where the torus tensor may be non-zero."""
     for axis, (out, s, span) in enumerate(zip(size, conv.stride, spans, strict=True)):

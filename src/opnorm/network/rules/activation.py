@@ -97,7 +97,7 @@ _JUMPS = {
 def unbounded(node: Node, build: Builder) -> int:
     """Functions whose slopes are unbounded: infinity, with the reason."""
     name = _JUMPS[node.op.split(".")[1]]
-    return build.opaque(node, (build.source(node.args[0], node),), math.inf, UNBOUNDED[name], name)
+    return build.opaque(node, (build.source(node.args[0], node),), math.inf, UNBOUNDED[name], kind=name)
 
 
 @register_rule("aten.pow.Tensor_Scalar")
@@ -107,7 +107,7 @@ def power(node: Node, build: Builder) -> int:
     if node.args[1] == 1:
         return source
     kind = "square" if node.args[1] == 2 else "power"
-    return build.opaque(node, (source,), math.inf, UNBOUNDED[kind], kind)
+    return build.opaque(node, (source,), math.inf, UNBOUNDED[kind], kind=kind)
 
 
 @register_rule("aten.softmax.int", "aten._softmax.default")
@@ -141,7 +141,7 @@ def pair(node: Node, build: Builder) -> int:
         stacked = (2, *node.sample_shape)
         first, second = (build.source(a, node) for a in node.args[:2])
         shapes = tuple((1, *s) for s in sizes)
-        pairs = joined(node, build, (first, second), shapes, 0, stacked)
+        pairs = joined(node, build, (first, second), shapes, axis=0, shape=stacked)
         build.at[known] = build.add(
             Opaque((pairs,), stacked, label(node), 1.0, "sorting pairs is 1-Lipschitz", "sort of pairs")
         )

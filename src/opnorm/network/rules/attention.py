@@ -29,4 +29,4 @@ def attention(node: Node, build: Builder) -> int:
         float(build.shape(node.args[2])[-1]),
         float(scale),
     )
-    return build.opaque(node, sources, math.inf, reason, "attention", parameters)
+    return build.opaque(node, sources, math.inf, reason, kind="attention", parameters=parameters)

@@ -125,17 +125,17 @@ def batch_norm(node: Node, build: Builder) -> int:
     x, weight, _, _, variance, training, _, eps = node.args[:8]
     if training or variance is None:
         raise unsupported(node, "in training mode BatchNorm mixes the samples of a batch; call model.eval() first")
-    return _channel_scale(node, build, x, weight, variance, float(eps))
+    return _channel_scale(node, build, x, weight, variance=variance, eps=float(eps))
 
 
 @register_rule("aten._native_batch_norm_legit_no_training.default")
 def native_batch_norm(node: Node, build: Builder) -> int:
     """The same, as the functional form of the graph names it."""
     x, weight, _, _, variance, _, eps = node.args[:7]
-    return _channel_scale(node, build, x, weight, variance, float(eps))
+    return _channel_scale(node, build, x, weight, variance=variance, eps=float(eps))
 
 
-def _channel_scale(node: Node, build: Builder, x: Ref, weight: Weight | None, variance: Weight, eps: float) -> int:
+def _channel_scale(node: Node, build: Builder, x: Ref, weight: Weight | None, *, variance: Weight, eps: float) -> int:
     shape = build.shape(x)
     if build.graph[x.name].sample_axis(1) != 0:
         raise unsupported(node, "the channels must follow the batch axis")

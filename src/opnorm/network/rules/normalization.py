@@ -13,12 +13,14 @@ from opnorm.network.rules.shape import part_rule
 _REASON = "normalising is 1/sqrt(eps)-Lipschitz: its Jacobian is a projection over the standard deviation"
 
 
-def _normalised(node: Node, build: Builder, source: int, eps: float, group: int, centred: bool = True) -> int:
+def _normalised(node: Node, build: Builder, source: int, eps: float, group: int, *, centred: bool = True) -> int:
     """The normalisation itself, over `group` elements in a row at a time."""
     constant, reason = math.inf, "normalising without eps is unbounded at constant inputs"
     if eps > 0:
         constant, reason = rounding.div_up(1.0, rounding.sqrt_down(eps)), _REASON
-    return build.opaque(node, (source,), constant, reason, "normalize", (float(group), eps, float(centred)))
+    return build.opaque(
+        node, (source,), constant, reason, kind="normalize", parameters=(float(group), eps, float(centred))
+    )
 
 
 def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:
@@ -66,7 +68,7 @@ def rms_norm(node: Node, build: Builder) -> int:
     _require_last_axes(node, build, len(axes))
     if eps is None:
         raise unsupported(node, "its eps is left to torch, which takes one that depends on the dtype; set it")
-    position = _normalised(node, build, build.source(x, node), float(eps), prod(axes), False)
+    position = _normalised(node, build, build.source(x, node), float(eps), prod(axes), centred=False)
     return _affine(node, build, position, weight, None)
 
 

@@ -76,6 +76,7 @@ class Builder:
         sources: tuple[int, ...],
         constant: float,
         reason: str,
+        *,
         kind: str = "",
         parameters: tuple[float, ...] = (),
     ) -> int:
@@ -144,7 +145,7 @@ def program_of(graph: Graph) -> Program:
 
     Raises:
         UnsupportedLayerError: naming the first operation without a rule.
-    """
+    """  # noqa: DOC501 - made by a helper
     build = Builder(graph, dict(graph.weights))
     needed = _needed(graph)
     origins: list[str] = []

@@ -47,7 +47,8 @@ def getitem(node: Node, build: Builder) -> int:
 
 _PIECES = frozenset(
     f"aten.{n}" for n in (
-        "chunk.default", "split.Tensor", "split.sizes", "split_with_sizes.default", "unbind.int", "tensor_split.sections",
+        "chunk.default", "split.Tensor", "split.sizes", "split_with_sizes.default", "unbind.int",
+        "tensor_split.sections",
     )
 )  # fmt: skip
 
@@ -91,7 +92,7 @@ def one_sample(node: Node, result: Tensor, size: int) -> Tensor:
 
     Raises:
         UnsupportedLayerError: if a sample's result holds elements of the other one.
-    """
+    """  # noqa: DOC501 - made by a helper
     rows = node.samples(result).reshape(2, -1).round().to(torch.int64)
     own = torch.where(rows[0] > 0, rows[0] + size, rows[0])
     if not torch.equal(own, rows[1]) or bool((rows[0] > size).any()):
@@ -137,7 +138,7 @@ def cat(node: Node, build: Builder) -> int:
             raise unsupported(node, "it concatenates along the batch axis")
         shapes = tuple(build.shape(p) for p in parts)
         sources = tuple(build.source(p, node) for p in parts)
-        return joined(node, build, sources, shapes, along, node.sample_shape)
+        return joined(node, build, sources, shapes, axis=along, shape=node.sample_shape)
     values: dict[str, Tensor] = {}
     sizes = [prod(build.shape(p)) for p in varied]
     total, start = sum(sizes), 0
@@ -155,11 +156,11 @@ def cat(node: Node, build: Builder) -> int:
     index = one_sample(node, node.function(filled_parts, *node.args[1:], **node.kwargs), total)
     flat = tuple((size,) for size in sizes)
     sources = tuple(build.source(p, node) for p in varied)
-    return gathered(node, build, joined(node, build, sources, flat, 0, (total,)), index, (total,))
+    return gathered(node, build, joined(node, build, sources, flat, axis=0, shape=(total,)), index, (total,))
 
 
 def joined(
-    node: Node, build: Builder, sources: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], axis: int,
+    node: Node, build: Builder, sources: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], *, axis: int,
     shape: tuple[int, ...],
 ) -> int:  # fmt: skip
     """A concatenation; of pieces of one tensor, a single `Gather` of it, or the tensor itself."""

@@ -59,7 +59,7 @@ def multiply(node: Node, build: Builder) -> int:
         return _times_label(node, build, left, right)
     positions = tuple(broadcast(node, build, a) for a in (left, right))
     reason = "a product of two varying tensors has unbounded slopes; give a region"
-    return build.opaque(node, positions, float("inf"), reason, "multiply")
+    return build.opaque(node, positions, float("inf"), reason, kind="multiply")
 
 
 def _times_label(node: Node, build: Builder, x: Ref, label_part: Ref) -> int:
