@@ -14,22 +14,48 @@ if TYPE_CHECKING:
         checkpoint,
         errors,
         layers,
+        network,
         norms,
         operators,
         testing,
     )
     from opnorm._enclosure import Enclosure
     from opnorm.auditing import Report, audit
+    from opnorm.network import NetworkBound, lipschitz
     from opnorm.norms import norm
+    from opnorm.parametrize import (
+        Coverage,
+        Monitor,
+        Projector,
+        convert,
+        coverage,
+        fold,
+        normalize,
+        remove_spectral_norm,
+        spectral_norm,
+        update,
+    )
     from opnorm.rewrite import normalize_checkpoint, verify
 
 
 _HOME = {
+    "Coverage": "opnorm.parametrize",
     "Enclosure": "opnorm._enclosure",
+    "Monitor": "opnorm.parametrize",
+    "NetworkBound": "opnorm.network",
+    "Projector": "opnorm.parametrize",
     "Report": "opnorm.auditing",
     "audit": "opnorm.auditing",
+    "convert": "opnorm.parametrize",
+    "coverage": "opnorm.parametrize",
+    "fold": "opnorm.parametrize",
+    "lipschitz": "opnorm.network",
     "norm": "opnorm.norms",
+    "normalize": "opnorm.parametrize",
     "normalize_checkpoint": "opnorm.rewrite",
+    "remove_spectral_norm": "opnorm.parametrize",
+    "spectral_norm": "opnorm.parametrize",
+    "update": "opnorm.parametrize",
     "verify": "opnorm.rewrite",
 }
 _MODULES = frozenset(
@@ -37,6 +63,7 @@ _MODULES = frozenset(
         "checkpoint",
         "errors",
         "layers",
+        "network",
         "norms",
         "operators",
         "testing",
@@ -44,17 +71,30 @@ _MODULES = frozenset(
 )
 
 __all__ = [
+    "Coverage",
     "Enclosure",
+    "Monitor",
+    "NetworkBound",
+    "Projector",
     "Report",
     "audit",
     "checkpoint",
+    "convert",
+    "coverage",
     "errors",
+    "fold",
     "layers",
+    "lipschitz",
+    "network",
     "norm",
+    "normalize",
     "normalize_checkpoint",
     "norms",
     "operators",
+    "remove_spectral_norm",
+    "spectral_norm",
     "testing",
+    "update",
     "verify",
 ]
 

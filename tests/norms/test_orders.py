@@ -115,11 +115,28 @@ def test_layers_and_complex_matrices():
         float(layer.weight.detach().abs().sum((1, 2)).max()), rel=1e-6
     )
     wrapped = nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular")
-    with pytest.raises(ArgumentError, match="rounded sums"):
-        opnorm.norm(wrapped, input_shape=(2, 8), ord=1)
+    assert opnorm.norm(wrapped, input_shape=(2, 8), ord=1).upper == pytest.approx(
+        float(wrapped.weight.detach().abs().sum((0, 2)).max()), rel=1e-6
+    )
     weight = torch.tensor([[3.0 + 4.0j, 1.0], [0.0, 2.0j]])
     assert 6.0 in opnorm.norm(weight, ord=INF) and 5.0 in opnorm.norm(weight, ord=1)
     assert 5.0 in opnorm.norm(weight, ord=(1, INF))
+
+
+def test_entries_that_are_rounded_are_enclosed():
+    """Means of three, which no float is, and taps that fall on one sample and cancel."""
+    third = opnorm.norm(nn.AvgPool1d(3), input_shape=(1, 3), ord=INF)
+    assert third.lower < 1 < third.upper and third.upper < 1 + 1e-12
+    third = opnorm.norm(nn.AvgPool1d(3), input_shape=(1, 3), ord=1)
+    assert Fraction(third.lower) < Fraction(1, 3) < Fraction(third.upper) and third.gap < 1e-12
+    layer = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[[1.0, 0.0, 2.0**-60]]]))
+    exact = 1 + Fraction(1, 2**60)
+    found = opnorm.norm(layer, input_shape=(1, 2), ord=INF)
+    assert Fraction(found.lower) <= exact <= Fraction(found.upper) and found.gap < 1e-12
+    with pytest.raises(ArgumentError, match="compositions"):
+        opnorm.norm(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), input_shape=(2,), ord=1)
 
 
 @pytest.mark.parametrize("order", [1, INF, (1, 2), (3, 4)])

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "opnorm.cli.normalize:normalize",
         "Divide every weight of a checkpoint by its norm, with a certificate.",
     ),
+    "bound": ("opnorm.cli.bound:bound", "Bound the Lipschitz constant of a model in code (runs that code)."),
     "verify": ("opnorm.cli.verify:verify", "Re-check a certificate without trusting the code that wrote it."),
 }
 """Name of a command -> (where it lives, what the list of commands says of it)."""

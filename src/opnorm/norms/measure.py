@@ -18,7 +18,7 @@ from opnorm.norms.dense import dense_norm
 from opnorm.norms.fourier import size_free_norm, torus_norm
 from opnorm.norms.groups import norm_over_groups
 from opnorm.norms.lp import L2, Order, lp_norm, parse_order
-from opnorm.norms.materialised import materialised_norm, matrix_of
+from opnorm.norms.materialised import materialised_lp_norm, materialised_norm
 from opnorm.norms.probable import estimated_norm, probable_norm
 from opnorm.norms.rescaled import rescaled
 from opnorm.norms.row_sums import row_sum_norm
@@ -200,11 +200,7 @@ def _other_norm(operator: LinearOperator, order: Order, rtol: float, method: str
         return row_sum_norm(operator, order, rtol=rtol)
     if isinstance(operator, Dense):
         return lp_norm(operator.weight, order, rtol=rtol)
-    if operator.entry_terms > 1 or operator.entry_error:
-        raise ArgumentError(
-            f"ord={order}: the entries of this {type(operator).__name__} are rounded sums; only ord=2 is proved for it"
-        )
-    return lp_norm(matrix_of(operator), order, rtol=rtol)
+    return materialised_lp_norm(operator, order, rtol=rtol)
 
 
 def _on_float64(operator: LinearOperator) -> LinearOperator:

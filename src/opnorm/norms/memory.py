@@ -19,17 +19,16 @@ def available_bytes() -> int:
     return free
 
 
-def require_memory(needed: int, what: str) -> None:
+def require_memory(needed: int, what: str, way_out: str = 'guarantee="probable" needs only vectors') -> None:
     """Refuse what does not fit.
 
     Raises:
-        TooLargeError: naming `what`, and the guarantee that needs no large matrix.
+        TooLargeError: naming `what`, and the way out.
     """
     if needed < 2**28:
         return
     free = available_bytes()
     if needed > free:
         raise TooLargeError(
-            f"{what} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-            'guarantee="probable" needs only vectors'
+            f"{what} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; {way_out}"
         )

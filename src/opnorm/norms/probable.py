@@ -41,7 +41,11 @@ def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability:
     n = min(operator.in_size, operator.out_size)
     factor = 2 if operator.dtype.is_complex else 1
     steps = steps_needed(factor * n, rtol, failure_probability)
-    require_memory(8 * factor * n * (min(steps, n) + 8), f"a Krylov basis of {min(steps, n)} vectors of {n} elements")
+    require_memory(
+        8 * factor * n * (min(steps, n) + 8),
+        f"a Krylov basis of {min(steps, n)} vectors of {n} elements",
+        "a larger rtol needs fewer vectors",
+    )
     spread = majorant_norm(operator)
     if spread <= _FAINT:
         return Enclosure(0.0, spread, "proved", "entries" if spread else "zero", rtol)

@@ -1,0 +1,97 @@
+"""The batch axis is not part of the map: where it is in each tensor, and that no operation mixes its samples."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opnorm.errors import UnsupportedLayerError
+from opnorm.graph.types import Graph, Ref, Weight
+
+
+def batch_place(node: torch.fx.Node, place: str) -> tuple[int, int]:
+    """The axis of a traced tensor that grows with the batch, and how many rows of a sample it holds.
+
+    Raises:
+        UnsupportedLayerError: if no axis or several axes do.
+    """
+    shape = node.meta["val"].shape
+    sizes = [n.node.expr if isinstance(n, torch.SymInt) else None for n in shape]
+    axes = [i for i, size in enumerate(sizes) if size is not None]
+    if len(axes) != 1:
+        grows = "no axis grows" if not axes else f"{len(axes)} axes grow"
+        raise UnsupportedLayerError(f"{place} mixes the samples of a batch: {grows} with the batch in its result")
+    size: Any = sizes[axes[0]]
+    symbols = list(size.free_symbols)
+    factor = size.subs(symbols[0], 1)
+    if len(symbols) != 1 or size != factor * symbols[0]:
+        raise UnsupportedLayerError(f"{place} cuts the batch axis into pieces of size {size}")
+    return axes[0], int(factor)
+
+
+def varies_fastest(ids: Tensor, axis: int, place: str) -> bool:
+    """Whether the batch is the inner part of a merged axis, from the number of the sample that each entry is from.
+
+    Raises:
+        UnsupportedLayerError: if it is neither the inner nor the outer part.
+    """
+    line = ids.movedim(axis, 0).reshape(ids.shape[axis], -1)
+    count = len(line) // 2
+    if bool((line[:count] == 0).all() and (line[count:] == 1).all()):
+        return False
+    if bool((line[0::2] == 0).all() and (line[1::2] == 1).all()):
+        return True
+    raise UnsupportedLayerError(f"{place} interleaves the samples of a batch with another axis")
+
+
+def check_samples_apart(graph: Graph, batches: tuple[Tensor, ...]) -> None:
+    """Refuse a graph in which the second sample has an influence on the first one's results.
+
+    A numerical check on random inputs, beside the structural ones of the rules.
+
+    Raises:
+        UnsupportedLayerError: naming the first operation that mixes samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    changed = []
+    for batch in batches:
+        other = batch.clone()
+        if batch.is_floating_point():
+            other[1] += torch.randn(batch.shape[1:], generator=generator, dtype=torch.float64).to(batch)
+        changed.append(other)
+    with torch.no_grad():
+        one, two = evaluate(graph, batches), evaluate(graph, tuple(changed))
+    for node in graph.nodes:
+        if node.batch_axis is None or not one[node.name].is_floating_point():
+            continue
+        first, second = (node.samples(values[node.name])[0] for values in (one, two))
+        scale = float(first.abs().max()) if first.numel() else 0.0
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+            raise UnsupportedLayerError(
+                f"{node.place} mixes the samples of a batch: the network has no Lipschitz constant for one sample"
+            )
+
+
+def evaluate(graph: Graph, batches: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The result of every node for a batch."""
+    values: dict[str, Any] = {}
+    queue = list(batches)
+    for node in graph.nodes:
+        if node.op == "input":
+            values[node.name] = queue.pop(0)
+        else:
+            args = filled(node.args, values, graph.weights)
+            kwargs = {k: filled(v, values, graph.weights) for k, v in node.kwargs.items()}
+            values[node.name] = node.function(*args, **kwargs)
+    return values
+
+
+def filled(argument: Any, values: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    """An argument with tensors in place of references."""
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, Weight):
+        return weights[argument.name]
+    if isinstance(argument, list | tuple):
+        return type(argument)(filled(a, values, weights) for a in argument)
+    return argument

@@ -1,0 +1,243 @@
+"""`torch.export` with a dynamic batch, read into a `Graph`."""
+
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opnorm.errors import ArgumentError, UnsupportedLayerError
+from opnorm.graph.batch import batch_place, check_samples_apart, varies_fastest
+from opnorm.graph.types import Graph, Node, Ref, Weight
+
+Example = Tensor | tuple[Tensor, ...]
+
+
+def export(model: nn.Module, example_input: Example) -> Graph:
+    """The graph of a model in evaluation mode, for any batch size.
+
+    Args:
+        model: a module whose dropout and normalisation layers are in evaluation mode.
+        example_input: one batch, or a tuple of them where the model has several inputs; the first axis is the batch.
+            Integer inputs (class labels) are not varied.
+
+    Raises:
+        ArgumentError: if the input is no batch of finite floats, or a layer is in training mode.
+        UnsupportedLayerError: if the model cannot be exported, or an operation mixes the samples of a batch.
+    """
+    _refuse_training(model)
+    batches = two_samples(example_input)
+    program = _exported(model, batches)
+    return _Reader(program, batches).graph()
+
+
+def _refuse_training(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+        tracks = getattr(module, "track_running_stats", True)
+        if isinstance(module, kinds) and module.training and tracks:
+            raise ArgumentError(
+                f"{name or 'the model'} ({type(module).__name__}) is in training mode, where its result depends on "
+                "chance or on the other samples of the batch; call model.eval() first"
+            )
+
+
+def two_samples(example_input: Example) -> tuple[Tensor, ...]:
+    """The first two samples of each input, or the only one twice.
+
+    Raises:
+        ArgumentError: if an input is no batch of finite numbers.
+    """
+    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    batches = []
+    for number, batch in enumerate(inputs):
+        if batch.dim() < 1 or batch.shape[0] == 0:
+            raise ArgumentError(f"input {number} must be a tensor with a batch as its first axis")
+        if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+            raise ArgumentError(f"input {number} holds NaN or infinite values")
+        rows = batch.detach()[:2]
+        batches.append(rows.repeat(2, *([1] * (batch.dim() - 1))).contiguous() if len(rows) == 1 else rows.contiguous())
+    return tuple(batches)
+
+
+def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in batches)
+    # A dynamic axis is traced as one that is not 0 or 1; three samples keep it from meeting another size of two.
+    example = tuple(torch.cat([b, b[:1]]) for b in batches)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, raised inside its exporter
+            program = torch.export.export(model, example, dynamic_shapes=dynamic)
+            return program.run_decompositions({}) if _writes_shared_memory(program) else program
+    except Exception as problem:  # torch.export raises many unrelated classes
+        first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise UnsupportedLayerError(
+            f"torch.export cannot trace {type(model).__name__} with a batch of any size: {first} "
+            "(a fixed batch size, as in view(8, -1), or control flow that depends on values are the usual causes)"
+        ) from problem
+
+
+def _writes_shared_memory(program: torch.export.ExportedProgram) -> bool:
+    """Whether an operation in place could be seen through another name: then the graph must be made functional."""
+    for node in program.graph.nodes:
+        name = str(node.target).split(".")
+        if node.op == "call_function" and len(name) > 1 and name[1].endswith("_") and not name[1].startswith("_"):
+            source = node.args[0]
+            fresh = source.op == "call_function" and not _may_alias(source)
+            if not fresh or len(source.users) > 1:
+                return True
+    return False
+
+
+def _may_alias(node: torch.fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    name = str(node.target).split(".")
+    in_place = len(name) > 1 and name[1].endswith("_")
+    composite = len(name) > 1 and name[1] in ("reshape", "flatten", "contiguous", "to", "dropout", "chunk", "type_as")
+    return composite or schema is None or (not in_place and any(r.alias_info is not None for r in schema.returns))
+
+
+class _Reader:
+    """Walks an exported program once with two samples, and writes down what it meets."""
+
+    def __init__(self, program: torch.export.ExportedProgram, batches: tuple[Tensor, ...]) -> None:
+        self.program = program
+        self.env: dict[str, Any] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.derived: set[str] = set()
+        self.weight_of: dict[str, str] = {}
+        self.nodes: list[Node] = []
+        self.varied: set[str] = set()
+        self.labels: list[str] = []
+        self.batches = batches
+
+    def graph(self) -> Graph:
+        inputs: list[str] = []
+        outputs: tuple[str, ...] = ()
+        signature = self.program.graph_signature
+        state = {**self.program.state_dict, **self.program.constants}
+        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        stored |= signature.inputs_to_lifted_tensor_constants
+        queue = list(self.batches)
+        with torch.no_grad():
+            for node in self.program.graph.nodes:
+                if node.op == "placeholder" and node.name in stored:
+                    self._remember(node.name, stored[node.name], state[stored[node.name]].detach())
+                elif node.op == "placeholder":
+                    batch = queue.pop(0)
+                    self.env[node.name] = batch
+                    self.varied.add(node.name)
+                    if batch.is_floating_point():
+                        inputs.append(node.name)
+                    else:
+                        self.labels.append(node.name)
+                    self.nodes.append(self._node(node, "input", _nothing))
+                elif node.op == "call_function":
+                    self._call(node)
+                elif node.op == "output":
+                    outputs = self._outputs(node)
+                else:
+                    raise UnsupportedLayerError(f"the exported graph holds {node.op} {node.name}, which has no rule")
+        graph = Graph(
+            tuple(self.nodes), tuple(inputs), outputs, self.weights, frozenset(self.derived), tuple(self.labels)
+        )
+        check_samples_apart(graph, self.batches)
+        return graph
+
+    def _remember(self, name: str, weight: str, value: Tensor) -> None:
+        self.env[name] = value
+        self.weights[weight] = value
+        self.weight_of[name] = weight
+
+    def _call(self, node: torch.fx.Node) -> None:
+        args = torch.fx.node.map_arg(node.args, lambda n: self.env[n.name])
+        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: self.env[n.name])
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        self.env[node.name] = result
+        reads = any(source.name in self.varied for source in node.all_input_nodes)
+        if not reads:
+            if isinstance(result, Tensor):
+                self._remember(node.name, f"{node.name} (computed)", result)
+                self.derived.add(f"{node.name} (computed)")
+            return
+        if isinstance(result, Tensor | tuple | list):
+            self.varied.add(node.name)
+            self.nodes.append(self._node(node, _text(node.target), node.target))  # type: ignore[arg-type]
+
+    def _node(self, node: torch.fx.Node, op: str, function: Callable[..., Any]) -> Node:
+        result = self.env[node.name]
+        path, module = _home(node)
+        place: tuple[int | None, int] = (None, 1)
+        inner = False
+        if isinstance(result, Tensor):
+            where = f"{op} in {path or 'the model'} ({module})"
+            place = batch_place(node, where)
+            inner = place[1] > 1 and self._inner(node, place[0], where)
+        return Node(
+            node.name,
+            op,
+            function,
+            tuple(self._argument(a) for a in node.args),
+            {k: self._argument(a) for k, a in node.kwargs.items()},
+            tuple(result.shape) if isinstance(result, Tensor) else (),
+            *place,
+            inner,
+            path,
+            module,
+        )
+
+    def _inner(self, node: torch.fx.Node, axis: int, where: str) -> bool:
+        """Whether the batch varies fastest: from the operation that merges it, or inherited."""
+        known = {n.name: n for n in self.nodes}
+        before = [known[n.name] for n in node.all_input_nodes if n.name in known]
+        for source in before:
+            if source.merged > 1:
+                return source.inner
+        ids = {}
+        for source in before:
+            value = self.env[source.name]
+            assert source.batch_axis is not None
+            order = torch.arange(2, dtype=value.dtype).reshape([-1] + [1] * (value.dim() - source.batch_axis - 1))
+            ids[source.name] = torch.empty_like(value).copy_(order)  # with the strides that a view relies on
+        args = torch.fx.node.map_arg(node.args, lambda n: ids.get(n.name, self.env[n.name]))
+        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: ids.get(n.name, self.env[n.name]))
+        return varies_fastest(node.target(*args, **kwargs), axis, where)  # type: ignore[operator]
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, torch.fx.Node):
+            if argument.name in self.varied:
+                return Ref(argument.name)
+            return Weight(self.weight_of[argument.name]) if argument.name in self.weight_of else self.env[argument.name]
+        if isinstance(argument, list | tuple):
+            return type(argument)(self._argument(a) for a in argument)
+        return argument
+
+    def _outputs(self, node: torch.fx.Node) -> tuple[str, ...]:
+        names = []
+        for result in torch.fx.node.map_arg(node.args[0], lambda n: n):  # type: ignore[union-attr]
+            if not isinstance(result, torch.fx.Node) or result.name not in self.varied:
+                raise UnsupportedLayerError("an output of the model does not depend on its inputs")
+            names.append(result.name)
+        return tuple(names)
+
+
+def _nothing() -> None:
+    """What an input computes."""
+
+
+def _text(target: object) -> str:
+    return "getitem" if target is operator.getitem else str(target)
+
+
+def _home(node: torch.fx.Node) -> tuple[str, str]:
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = [e for e in stack.values() if not e[0].startswith("_empty")]
+    if not entries:
+        return "", ""
+    path, module = entries[-1]
+    name = module if isinstance(module, str) else f"{module.__module__}.{module.__qualname__}"
+    return path, name.rsplit(".", 1)[-1]

@@ -1,0 +1,306 @@
+"""`opnorm.lipschitz`: the Lipschitz constant of a network, bounded from both sides."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from opnorm._enclosure import Guarantee
+from opnorm.certificate.network.check import SLACK, chain_of
+from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
+from opnorm.certificate.network.program import Elementwise, Opaque, Program
+from opnorm.certificate.network.proof import Proof, prove
+from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
+from opnorm.graph import Graph, export
+from opnorm.graph.export import Example, two_samples
+from opnorm.network.local import Sharpen, localise
+from opnorm.network.lower import Function, Pair, attained
+from opnorm.network.naive import Naive, naive
+from opnorm.network.region import Around, Region, around
+from opnorm.network.rules import program_of
+from opnorm.network.search import METHODS, Found, search
+from opnorm.network.table import table_of
+
+_DEFAULT_SECONDS = 30.0
+_DENSE_FIRST = 1100
+_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.5
+_METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
+
+
+@dataclass(frozen=True)
+class NodeBound:
+    """One step of the network.
+
+    Attributes:
+        place: qualified module name and operation.
+        constant: how much the step can stretch what it reads.
+        bound: of the step as a function of the network's inputs, by the naive rules.
+        note: why the constant is what it is, where that is not obvious.
+    """
+
+    place: str
+    constant: float
+    bound: float
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkBound:
+    """An enclosure of a network's Lipschitz constant in the Euclidean norms of all its inputs and outputs.
+
+    Attributes:
+        upper: the best upper bound.
+        lower: attained by `pair`; 0 where none was found.
+        product: the composition of the naive rules.
+        pairwise: upper bounds for the difference of each pair of outputs, shape (n, n); None where the calculus did
+            not reach the outputs one by one.
+        nodes: one for each step, in the order of computation.
+        guarantee: of `upper`, `product` and `pairwise`.
+        method: what gave `upper`.
+        pair: two inputs that attain `lower`, or None.
+        remarks: what a reader should know, such as why a tighter method was not used.
+    """
+
+    upper: float
+    lower: float
+    product: float
+    pairwise: Tensor | None
+    nodes: tuple[NodeBound, ...]
+    guarantee: Guarantee
+    method: str
+    pair: Pair | None
+    remarks: tuple[str, ...]
+    _certificate: NetworkCertificate | None
+
+    def certificate(self) -> NetworkCertificate:
+        """The certificate of what the calculus proved, to be saved and verified by others.
+
+        Its claim is `upper`, or a little more where the naive rules are as good.
+
+        Raises:
+            CertificateError: if only the naive rules apply, nothing was proved, or the bound is one on a region.
+        """
+        if self._certificate is None:
+            reasons = "; ".join(self.remarks) or "it is the naive composition"
+            raise CertificateError(f"there is no certificate for this bound ({self.method}): {reasons}")
+        return self._certificate
+
+    def __float__(self) -> float:
+        """The upper bound."""
+        return self.upper
+
+    def __str__(self) -> str:
+        """A table that follows the model's structure."""
+        return table_of(self)
+
+
+def lipschitz(
+    model: nn.Module,
+    example_input: Example,
+    *,
+    method: str = "auto",
+    guarantee: Guarantee = "proved",
+    region: Region | None = None,
+    time_budget: float | None = None,
+) -> NetworkBound:
+    """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
+
+    Args:
+        model: in evaluation mode; its weights as they are deployed.
+        example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
+            its samples. Integer inputs are not varied.
+        method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
+            `sweep`, `afp`, `adam`.
+        guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
+        region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
+        time_budget: seconds for the search; 30 by default.
+
+    Returns:
+        The bounds; printing gives a table.
+
+    Raises:
+        ArgumentError: for an unknown method or guarantee, or a model in training mode.
+        UnsupportedLayerError: naming the first operation without a rule, or one that mixes samples.
+
+    Source: LipSDP (Fazlyab et al., NeurIPS 2019) without a solver; see the guide "From layers to the network".
+
+    Example:
+        >>> import torch, opnorm
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> bound = opnorm.lipschitz(net, torch.randn(16, 4))
+        >>> bound.lower <= bound.upper <= bound.product
+        True
+        >>> bound.guarantee
+        'proved'
+    """
+    if method not in _METHODS:
+        raise ArgumentError(f"method={method!r}: it is one of {', '.join(_METHODS)}")
+    if guarantee not in ("proved", "estimate"):
+        raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
+    graph = export(model, example_input)
+    program = program_of(graph)
+    where = None if region is None else _placed(program, region)
+    pair = _lower(graph, example_input, where)
+    seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
+    remarks: list[str] = []
+    target = pair.quotient if pair else 0.0
+    if where is None:
+        plain = naive(program, graph.weights)
+        best = _calculus(program, graph, method, guarantee, seconds, target, remarks)
+        return _assembled(program, graph, plain, best, pair, guarantee, remarks)
+    local = _localised(program, graph, example_input, where)
+    plain = naive(local, graph.weights)
+    best = _calculus(local, graph, method, guarantee, seconds / 2, target, remarks)
+    anywhere = _calculus(program, graph, method, guarantee, seconds / 2, target, [])
+    remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
+    best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
+    return _assembled(local, graph, plain, best, pair, guarantee, remarks, certify=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    upper: float
+    pairwise: Tensor | None
+    found: Found
+    calculus: str
+
+
+def _calculus(
+    program: Program,
+    graph: Graph,
+    method: str,
+    guarantee: Guarantee,
+    seconds: float,
+    target: float,
+    remarks: list[str],
+) -> _Candidate | None:
+    """The covariance calculus, in the first form that the network fits."""
+    if method == "naive":
+        return None
+    if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
+        remarks.append("an operation is unbounded, so only the naive rules apply")
+        return None
+    upto = method if method in METHODS else "adam"
+    forms = (method,) if method in ("dense", "fourier") else _forms(program)
+    for calculus in forms:
+        try:
+            chain = chain_of(program, graph.weights, calculus)
+            found = search(chain, seconds, upto, target)
+            if guarantee == "estimate":
+                return _Candidate(found.estimate, None, found, calculus)
+            proof = prove(chain, found.multipliers)
+        except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
+            remarks.append(f"{calculus} calculus: {problem}")
+            continue
+        return _Candidate(proof.upper * SLACK, _pairwise(proof), found, calculus)
+    return None
+
+
+def _forms(program: Program) -> tuple[str, ...]:
+    """Dense where it is affordable, because its multipliers are finer; otherwise Fourier space first."""
+    largest = max(step.size for step in program.steps)
+    return ("dense", "fourier") if largest <= _DENSE_FIRST else ("fourier", "dense")
+
+
+def _pairwise(proof: Proof) -> Tensor | None:
+    return None if proof.pairwise is None else proof.pairwise * SLACK
+
+
+def _assembled(
+    program: Program,
+    graph: Graph,
+    plain: Naive,
+    best: _Candidate | None,
+    pair: Pair | None,
+    guarantee: Guarantee,
+    remarks: list[str],
+    certify: bool = True,
+) -> NetworkBound:
+    nodes = tuple(
+        NodeBound(step.label, constant, bound, step.reason if isinstance(step, Opaque) else "")
+        for step, constant, bound in zip(program.steps, plain.constants, plain.bounds, strict=True)
+    )
+    certificate = None
+    upper, method = plain.total, "naive"
+    if best is not None and best.upper < upper:
+        upper, method = best.upper, f"{best.calculus} {best.found.method}"
+    if best is not None and guarantee == "proved" and certify:
+        certificate = _certificate(program, graph, best, remarks)
+    lower = pair.quotient if pair is not None else 0.0
+    if lower > upper:
+        raise AssertionError(f"a pair attains {lower!r}, above the bound {upper!r} ({method}): please report this")
+    return NetworkBound(
+        upper,
+        lower,
+        plain.total,
+        best.pairwise if best is not None else None,
+        nodes,
+        guarantee if method != "naive" else "proved",
+        method,
+        pair,
+        tuple(remarks),
+        certificate,
+    )
+
+
+def _certificate(program: Program, graph: Graph, best: _Candidate, remarks: list[str]) -> NetworkCertificate:
+    read = read_names(program)
+    derived = {n: graph.weights[n].detach().to(torch.float64) for n in graph.derived if n in read}
+    if derived:
+        remarks.append(
+            f"{len(derived)} tensors that the model computes from its weights (parametrizations) are stored in the "
+            "certificate as they are; fold the model first to have them among its weights"
+        )
+        program = Program(program.steps, program.outputs, {**program.constants, **derived})
+    multipliers = tuple(s.detach() for s in best.found.multipliers)
+    return NetworkCertificate(best.upper, best.calculus, program, multipliers, digests(program, graph.weights))
+
+
+def _placed(program: Program, region: Region) -> Around:
+    if len(program.inputs) != 1:
+        raise ArgumentError("a region needs a model with one input that is varied")
+    return around(region, program.steps[program.inputs[0]].shape)
+
+
+def _localised(program: Program, graph: Graph, example_input: Example, where: Around) -> Program:
+    """The program on a region, with its values at the centre computed in float64."""
+    function = Function(graph, two_samples(example_input))
+    with torch.no_grad():
+        values = function.values(where.center.expand(2, -1))
+    samples = {
+        node.name: node.samples(values[node.name])[0].reshape(-1)
+        for node in graph.nodes
+        if node.batch_axis is not None and values[node.name].is_floating_point()
+    }
+    weights = {**graph.weights, **program.constants}
+    small = max(step.size for step in program.steps) <= _SHARPEN_SIZE
+    few = sum(isinstance(step, Elementwise) for step in program.steps) <= _SHARPEN_STEPS
+    return localise(program, graph, weights, samples, where, _sharpen(graph) if small and few else None)
+
+
+def _sharpen(graph: Graph) -> Sharpen:
+    """Constants of single elements from the calculus up to that step."""
+
+    def constants(program: Program, position: int) -> Tensor | None:
+        try:
+            chain = chain_of(program, graph.weights, "dense")
+            return prove(chain, search(chain, _SHARPEN_SECONDS, "afp").multipliers, pairs_up_to=0).coordinates
+        except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError):
+            return None
+
+    return constants
+
+
+def _lower(graph: Graph, example_input: Example, where: Around | None) -> Pair | None:
+    function = Function(graph, two_samples(example_input))
+    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    floats = [b for b in inputs if b.is_floating_point()]
+    count = min(min(len(b) for b in floats), 16)
+    starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
+    if where is None:
+        return attained(function, starts)
+    inside = torch.cat([where.center[None], where.clip(starts)])
+    return attained(function, inside, where.clip)

@@ -1,0 +1,187 @@
+"""Tier 0: compositions multiply, sums add, concatenation is the root of the sum of squares."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from opnorm import _rounding as rounding
+from opnorm.certificate.network.maps import (
+    Convolution,
+    Gather,
+    LinearMap,
+    Matrix,
+    Scale,
+    TransposedConvolution,
+    Weights,
+    stored,
+)
+from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
+from opnorm.norms import norm
+from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
+
+_RTOL = 1e-3
+_SMALL = 1024
+
+
+@dataclass(frozen=True)
+class Naive:
+    """The naive rules' result.
+
+    Attributes:
+        constants: of each step on its own: how much it can stretch what it reads.
+        bounds: of each step as a function of the network's inputs.
+        total: of the outputs together.
+    """
+
+    constants: tuple[float, ...]
+    bounds: tuple[float, ...]
+    total: float
+
+
+def naive(program: Program, weights: Weights) -> Naive:
+    """Bound every step by the constants of its sources, rounded upward.
+
+    A scale right after a convolution or a matrix that nothing else reads (BatchNorm) is multiplied into it before
+    its norm is taken.
+    """
+    weights = {**weights, **program.constants}
+    readers = program.readers()
+    known: dict[tuple[LinearMap, ...], float] = {}
+    constants: list[float] = []
+    bounds: list[float] = []
+    for position, step in enumerate(program.steps):
+        sources = [bounds[i] for i in step.sources]
+        before = program.steps[step.sources[0]] if len(step.sources) == 1 else None
+        alone = before is not None and readers[step.sources[0]] == [position] and step.sources[0] not in program.outputs
+        if isinstance(step, Linear):
+            constant = _once(known, (step.map,), weights)
+            bound = rounding.mul_up(constant, sources[0])
+            if alone and isinstance(before, Linear) and _fusible(before.map, step.map):
+                fused = _once(known, (before.map, step.map), weights)
+                bound = min(bound, rounding.mul_up(fused, bounds[before.sources[0]]))
+        else:
+            constant = _own_constant(step)
+            bound = _combined(step, constant, sources)
+        constants.append(constant)
+        bounds.append(bound)
+    return Naive(tuple(constants), tuple(bounds), _root_of_squares([bounds[i] for i in program.outputs]))
+
+
+def _own_constant(step: Step) -> float:
+    if isinstance(step, Elementwise):
+        return float(torch.maximum(step.low.abs(), step.high.abs()).max())
+    if isinstance(step, Opaque):
+        return step.constant
+    if isinstance(step, Sum) and len(step.sources) == 1:
+        return abs(step.coefficients[0])
+    assert isinstance(step, Input | Sum | Concat)
+    return 1.0
+
+
+def _combined(step: Step, constant: float, sources: list[float]) -> float:
+    if isinstance(step, Input):
+        return 1.0
+    if isinstance(step, Sum):
+        terms = (rounding.mul_up(abs(c), k) for c, k in zip(step.coefficients, sources, strict=True))
+        return rounding.add_up(*terms)
+    if isinstance(step, Concat):
+        return _root_of_squares(sources)
+    return rounding.mul_up(constant, _root_of_squares(sources))
+
+
+def _root_of_squares(values: list[float]) -> float:
+    if len(values) == 1:
+        return values[0]
+    if any(math.isinf(v) for v in values):
+        return math.inf
+    scale = max(values) or 1.0
+    return rounding.mul_up(scale, rounding.sqrt_up(rounding.add_up(*(_square_up(v / scale) for v in values))))
+
+
+def _square_up(ratio: float) -> float:
+    above = rounding.up(ratio)
+    return rounding.mul_up(above, above)
+
+
+def _fusible(first: LinearMap, second: LinearMap) -> bool:
+    if not isinstance(second, Scale) or second.in_shape != first.out_shape:
+        return False
+    channels = isinstance(first, Convolution) and second.axis == 0
+    return channels or (isinstance(first, Matrix) and first.after == 1 and second.axis == len(second.in_shape) - 1)
+
+
+def _once(known: dict[tuple[LinearMap, ...], float], maps: tuple[LinearMap, ...], weights: Weights) -> float:
+    if maps not in known:
+        known[maps] = map_norm(maps[0], weights) if len(maps) == 1 else _fused_norm(maps[0], maps[1], weights)
+    return known[maps]
+
+
+def map_norm(linear: LinearMap, weights: Weights) -> float:
+    """A proved upper bound of the norm of a linear map."""
+    if isinstance(linear, Scale):
+        return rounding.mul_up(float(linear.factors(weights).abs().max()), 1 + (linear.units + 2) * 2 * rounding.U)
+    if isinstance(linear, Gather):
+        index = weights[linear.index].to(torch.int64)
+        copies = torch.bincount(index[index >= 0]) if bool((index >= 0).any()) else torch.zeros(1)
+        return rounding.sqrt_up(float(copies.max()))
+    upper = _measured(operator_of(linear, weights))
+    return upper if linear.units == 0 else _with_error(upper, linear, weights, linear.units)
+
+
+def _measured(operator: LinearOperator) -> float:
+    """A proved upper bound at the cost of one pass: large convolutions on their torus, the rest as sharp as can be."""
+    large = isinstance(operator, Conv | ConvTranspose) and max(operator.in_size, operator.out_size) > _SMALL
+    return norm(operator, rtol=_RTOL, method="torus" if large else "auto").upper
+
+
+def _fused_norm(first: LinearMap, scale: LinearMap, weights: Weights) -> float:
+    """The norm of a scale after a convolution or a matrix, as one map with rounded entries."""
+    assert isinstance(first, Convolution | Matrix) and isinstance(scale, Scale)
+    factors = scale.factors(weights)
+    kernel = stored(weights, first.weight)
+    fused = kernel * factors.expand(kernel.shape[0]).reshape(-1, *([1] * (kernel.dim() - 1)))
+    scaled = replace(first, weight="fused", rounded=first.rounded + scale.units + 2)
+    local = {"fused": fused}
+    return _with_error(_measured(operator_of(scaled, local)), scaled, local, scaled.units)
+
+
+def _with_error(upper: float, linear: LinearMap, weights: Weights, units: int) -> float:
+    """Add what entries that are off by `units` of 2^-53 can change: that much of the norm of the absolute values."""
+    assert isinstance(linear, Convolution | Matrix)
+    kernel = stored(weights, linear.weight)
+    size = float(torch.linalg.vector_norm(kernel.flatten(0, 1) if kernel.dim() > 2 else kernel))
+    taps = math.prod(kernel.shape[2:])
+    # The absolute values' norm is at most the sum of the taps' Frobenius norms, at most sqrt(taps) of all of them.
+    majorant = rounding.mul_up(size, rounding.sqrt_up(float(taps)), 1 + 1e-9)
+    if isinstance(linear, Convolution) and linear.circular:
+        majorant = rounding.mul_up(majorant, math.prod(1 + a + b for a, b in linear.padding))
+    return rounding.add_up(upper, rounding.mul_up(majorant, (units + 1) * 2 * rounding.U))
+
+
+def operator_of(linear: LinearMap, weights: Weights) -> LinearOperator:
+    """The operator whose norm a map has; `before` and `after` of a matrix do not change its norm."""
+    if isinstance(linear, Matrix):
+        return Dense(stored(weights, linear.weight))
+    if isinstance(linear, Convolution):
+        mode: Literal["circular", "zeros"] = "circular" if linear.circular else "zeros"
+        return Conv(
+            stored(weights, linear.weight),
+            linear.in_shape[1:],
+            linear.stride,
+            linear.padding,
+            linear.dilation,
+            linear.groups,
+            mode,
+        )
+    assert isinstance(linear, TransposedConvolution)
+    conv = Conv(
+        stored(weights, linear.weight),
+        linear.out_shape[1:],
+        linear.stride,
+        tuple((p, p) for p in linear.padding),
+        linear.dilation,
+        linear.groups,
+    )
+    return ConvTranspose(conv, linear.in_shape[1:], linear.output_padding)

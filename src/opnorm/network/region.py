@@ -1,0 +1,109 @@
+"""Regions of inputs on which a bound is to hold."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opnorm import _rounding as rounding
+from opnorm.errors import ArgumentError
+
+
+@dataclass(frozen=True, eq=False)
+class Ball:
+    """All inputs within Euclidean distance `eps` of a sample.
+
+    Attributes:
+        center: one sample, without the batch.
+        eps: the radius.
+    """
+
+    center: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """All inputs between two samples, element by element.
+
+    Attributes:
+        lo: one sample, without the batch.
+        hi: likewise, nowhere below `lo`.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+
+@dataclass(frozen=True)
+class NormBall:
+    """All inputs of at most a Euclidean norm.
+
+    Attributes:
+        radius: the largest norm.
+    """
+
+    radius: float
+
+
+Region = Ball | Box | NormBall
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """A region as a centre and how far its points are from it.
+
+    Attributes:
+        center: float64, flattened.
+        radius: largest Euclidean distance.
+        spread: largest distance of each element.
+    """
+
+    center: Tensor
+    radius: float
+    spread: Tensor
+
+    def clip(self, x: Tensor) -> Tensor:
+        """Project rows onto the region, a little inside its surface."""
+        offset = (x - self.center).clamp(-self.spread, self.spread)
+        size = offset.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        return self.center + offset * torch.clamp(self.radius * (1 - 1e-9) / size, max=1.0)
+
+
+def around(region: Region, shape: tuple[int, ...]) -> Around:
+    """The centre form of a region for samples of a shape.
+
+    Raises:
+        ArgumentError: if the region does not fit.
+    """
+    size = int(torch.Size(shape).numel())
+    if isinstance(region, NormBall):
+        radius = _positive(region.radius)
+        return Around(torch.zeros(size, dtype=torch.float64), radius, torch.full((size,), radius, dtype=torch.float64))
+    if isinstance(region, Ball):
+        center = _sample(region.center, shape, "center")
+        radius = _positive(region.eps)
+        return Around(center, radius, torch.full((size,), radius, dtype=torch.float64))
+    if not isinstance(region, Box):
+        raise ArgumentError(f"a region is a Ball, a Box or a NormBall, not {type(region).__name__}")
+    lo, hi = _sample(region.lo, shape, "lo"), _sample(region.hi, shape, "hi")
+    if bool((lo > hi).any()):
+        raise ArgumentError("the box is empty: lo is above hi somewhere")
+    center = (lo + hi) / 2
+    spread = torch.maximum(hi - center, center - lo) * (1 + 4 * rounding.U) + 4 * rounding.U * center.abs()
+    radius = rounding.mul_up(float(spread.norm()), 1 + rounding.gamma(size + 8))
+    return Around(center, radius, spread)
+
+
+def _positive(radius: float) -> float:
+    if not 0 < radius < float("inf"):
+        raise ArgumentError(f"the radius of a region is a positive number, not {radius!r}")
+    return float(radius)
+
+
+def _sample(value: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    if tuple(value.shape) != shape:
+        raise ArgumentError(f"{name} of the region must have the shape {shape} of one sample, not {tuple(value.shape)}")
+    if not bool(torch.isfinite(value).all()):
+        raise ArgumentError(f"{name} of the region holds NaN or infinite values")
+    return value.detach().to("cpu", torch.float64).reshape(-1)

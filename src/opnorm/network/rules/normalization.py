@@ -1,0 +1,116 @@
+"""Normalisation layers, globally by their eps."""
+
+import math
+from math import prod
+from typing import Any
+
+from opnorm import _rounding as rounding
+from opnorm.certificate.network.maps import Scale
+from opnorm.graph import Node, Weight
+from opnorm.network.rules.registry import Builder, register_rule, unsupported
+from opnorm.network.rules.shape import part_rule
+
+_REASON = "normalising is 1/sqrt(eps)-Lipschitz: its Jacobian is a projection over the standard deviation"
+
+
+def _normalised(node: Node, build: Builder, source: int, eps: float, group: int, centred: bool = True) -> int:
+    """The normalisation itself, over `group` elements in a row at a time."""
+    constant, reason = math.inf, "normalising without eps is unbounded at constant inputs"
+    if eps > 0:
+        constant, reason = rounding.div_up(1.0, rounding.sqrt_down(eps)), _REASON
+    return build.opaque(node, (source,), constant, reason, "normalize", (float(group), eps, float(centred)))
+
+
+def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:
+    """Multiply by the layer's weight, along one axis of the sample or along its last ones (axis None)."""
+    if weight is None:
+        return position
+    if not isinstance(weight, Weight):
+        raise unsupported(node, "its weight depends on the inputs")
+    shape, factors = node.sample_shape, build.weights[weight.name]
+    if axis is None and factors.dim() == 1:
+        axis = len(shape) - 1
+    if axis is not None:
+        return build.linear(node, position, Scale(shape, shape, weight.name, axis))
+    spread = build.tensor(weight).expand(shape).reshape(-1).contiguous()
+    flat = (spread.numel(),)
+    return build.linear(node, position, Scale(flat, flat, build.constant(spread, weight.name), 0))
+
+
+@register_rule("aten.layer_norm.default")
+def layer_norm(node: Node, build: Builder) -> int:
+    """`gamma (x - mean) / sqrt(var + eps)` over the last axes."""
+    x, axes = node.args[:2]
+    weight = node.args[2] if len(node.args) > 2 else None
+    eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
+    _require_last_axes(node, build, len(axes))
+    group = prod(axes)
+    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, None)
+
+
+@part_rule("aten.native_layer_norm.default")
+def native_layer_norm(whole: Node, node: Node, build: Builder) -> int:
+    """The same in the functional form of the graph."""
+    x, axes, weight, _, eps = whole.args[:5]
+    _require_last_axes(whole, build, len(axes))
+    position = _normalised(node, build, build.source(x, node), float(eps), prod(axes))
+    return _affine(node, build, position, weight, None)
+
+
+@register_rule("aten.rms_norm.default")
+def rms_norm(node: Node, build: Builder) -> int:
+    """`gamma x / sqrt(mean(x^2) + eps)` over the last axes; without an eps torch takes that of the dtype."""
+    x, axes = node.args[:2]
+    weight = node.args[2] if len(node.args) > 2 else None
+    eps = node.args[3] if len(node.args) > 3 else None
+    _require_last_axes(node, build, len(axes))
+    if eps is None:
+        raise unsupported(node, "its eps is left to torch, which takes one that depends on the dtype; set it")
+    position = _normalised(node, build, build.source(x, node), float(eps), prod(axes), False)
+    return _affine(node, build, position, weight, None)
+
+
+@register_rule("aten.group_norm.default")
+def group_norm(node: Node, build: Builder) -> int:
+    """LayerNorm over each group of channels, with one factor per channel."""
+    x = node.args[0]
+    weight = node.args[2] if len(node.args) > 2 else None
+    eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
+    _require_channels(node, build)
+    group = prod(node.sample_shape) // int(node.args[1])
+    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, 0)
+
+
+@part_rule("aten.native_group_norm.default")
+def native_group_norm(whole: Node, node: Node, build: Builder) -> int:
+    """The same in the functional form of the graph."""
+    _require_channels(whole, build)
+    source = build.source(whole.args[0], node)
+    group = prod(node.sample_shape) // int(whole.args[6])
+    return _affine(node, build, _normalised(node, build, source, float(whole.args[7]), group), whole.args[1], 0)
+
+
+@register_rule("aten.instance_norm.default")
+def instance_norm(node: Node, build: Builder) -> int:
+    """LayerNorm over each channel; with running statistics in evaluation mode it is a BatchNorm."""
+    x, weight, _, _, variance, use_input, _, eps = node.args[:8]
+    _require_channels(node, build)
+    source = build.source(x, node)
+    if use_input:
+        group = prod(node.sample_shape[1:])
+        return _affine(node, build, _normalised(node, build, source, float(eps), group), weight, 0)
+    name = weight.name if isinstance(weight, Weight) else ""
+    shape = node.sample_shape
+    return build.linear(node, source, Scale(shape, shape, name, 0, variance.name, float(eps)))
+
+
+def _require_last_axes(node: Node, build: Builder, count: int) -> None:
+    before = build.graph[node.args[0].name]
+    if any(before.sample_axis(-1 - i) is None for i in range(count)):
+        raise unsupported(node, "it normalises along the batch axis")
+
+
+def _require_channels(node: Node, build: Builder) -> None:
+    before = build.graph[node.args[0].name]
+    if before.batch_axis != 0 or before.merged != 1:
+        raise unsupported(node, "it needs (batch, channels, ...)")

@@ -1,0 +1,131 @@
+"""The largest singular triple of a weight, tracked by a block of vectors.
+
+Each step is a block power iteration with a Rayleigh-Ritz projection. All of it is tensor operations without a
+decision on the host, so that accelerators do not wait.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Right vectors, the best first; for convolutions also where they live, and scouts (see `frequencies`)."""
+
+    y: Tensor  # shape: (blocks, columns * residues, width), complex where the map varies with the frequency
+    omega: Tensor  # shape: (blocks, axes)
+    scouts: Tensor  # shape: (blocks, columns * residues, grid)
+
+
+class Triple(NamedTuple):
+    """A singular triple as a low-rank direction: sigma = <left right^T, W> is the gain, and that is its gradient."""
+
+    sigma: Tensor  # shape: (blocks,)
+    left: Tensor  # shape: (blocks, rows, rank)
+    right: Tensor | None  # shape: (blocks, columns * taps, rank); None: `left` is the direction itself
+
+
+def step(matrices: Tensor, block: Block) -> tuple[Block, Triple]:
+    """Advance the block by one iteration and return the best triple that it holds.
+
+    `matrices` has shape (blocks, rows, columns), in float32, float64 or complex.
+    """
+    left = torch.linalg.qr(multiply(matrices, block.y))[0]
+    pulled = multiply(matrices.mH, left)
+    rotation = ritz_rotation(pulled)
+    y, lengths = normalised(pulled @ rotation)
+    triple = Triple(lengths[:, 0, 0], left @ rotation[..., :1], y[..., :1])
+    return Block(y, block.omega, block.scouts), triple
+
+
+def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit columns and their lengths, shape (blocks, 1, width); zero columns stay zero.
+
+    Scaled first, so that nothing over- or underflows on the way.
+    """
+    scale = _nonzero(y.abs().amax((1, 2), keepdim=True))
+    y = y / scale
+    lengths = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    return y / _nonzero(lengths), lengths * scale
+
+
+def ritz_rotation(y: Tensor) -> Tensor:
+    """The rotation of orthonormal left vectors that makes them Ritz vectors, the best first."""
+    unit = y / _nonzero(y.abs().amax((1, 2), keepdim=True))
+    vectors: Tensor = torch.linalg.eigh(unit.mH @ unit)[1]
+    return vectors.flip(-1)
+
+
+def unit_columns(y: Tensor) -> Tensor:
+    """Columns of length one; zero columns stay zero."""
+    return y / _nonzero(torch.linalg.vector_norm(y, dim=1, keepdim=True))
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, torch.ones_like(values))
+
+
+def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return `matrix @ vectors`, where only the vectors may be complex, in one pass over a real matrix.
+
+    The vectors are the rows of the product that is computed: on the CPU that order is several times faster for a few
+    vectors, and a single block goes past the batched kernels.
+    """
+    if vectors.is_complex() and not matrix.is_complex():
+        both = multiply(matrix, torch.cat([vectors.real, vectors.imag], -1))
+        return torch.complex(*both.chunk(2, -1))
+    if hasattr(matrix, "device_mesh"):  # a DTensor
+        from opnorm.parametrize.sharding import product
+
+        return product(matrix, vectors)
+    if len(matrix) == 1:
+        return (vectors[0].mT @ matrix[0].mT).mT[None]
+    return (vectors.mT @ matrix.mT).mT
+
+
+def converge(matrices: Tensor, width: int, *, tolerance: float = 1e-4, most: int = 60) -> tuple[Block, Triple]:
+    """Start afresh, by Lanczos with full reorthogonalisation, and iterate until the gain stops growing.
+
+    The start depends on nothing but the shape. Host decisions are free here: it runs once.
+    """
+    blocks, rows, columns = matrices.shape
+    vector = random_like(matrices, (blocks, columns, 1), as_complex=False)
+    basis, image = [], []
+    for _ in range(min(columns, rows, 32)):
+        basis.append(unit_columns(vector))
+        image.append(multiply(matrices, basis[-1]))
+        vector = multiply(matrices.mH, unit_columns(image[-1]))
+        known = torch.cat(basis, -1)
+        for _ in range(2):
+            vector = vector - known @ (known.mH @ vector)
+    images = torch.cat(image, -1)
+    right = torch.linalg.svd(images / _nonzero(images.abs().amax((1, 2), keepdim=True)), full_matrices=False)[2]
+    y = torch.cat(basis, -1) @ right.mH[..., : min(width, rows, columns)]
+    block = Block(y, y.real.new_zeros(blocks, 0), vector[..., :0])
+    return iterate(lambda block: step(matrices, block), block, tolerance=tolerance, most=most)
+
+
+def iterate(
+    advance: Callable[[Block], tuple[Block, Triple]], block: Block, *, tolerance: float, most: int, least: int = 1
+) -> tuple[Block, Triple]:
+    """Advance until the gain grows by less than a tenth of the tolerance."""
+    block, triple = advance(block)
+    for done in range(1, most):
+        before = triple.sigma
+        block, triple = advance(block)
+        if done >= least and not bool((triple.sigma > before * (1 + tolerance / 10)).any()):
+            break
+    return block, triple
+
+
+def random_like(like: Tensor, shape: tuple[int, ...], *, as_complex: bool) -> Tensor:
+    """Gaussian vectors that are the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    real = like.real.dtype if like.is_complex() else like.dtype
+    wanted = like.dtype if like.is_complex() else torch.promote_types(real, torch.complex64) if as_complex else real
+    if wanted.is_complex:
+        pair = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        return torch.complex(pair[0], pair[1]).to(like.device, wanted)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like.device, wanted)

@@ -1,0 +1,31 @@
+"""Finding the parametrizations of a weight."""
+
+from typing import cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+from opnorm.parametrize.spectral import SpectralNormalization
+
+
+def chain_of(module: nn.Module, name: str) -> ParametrizationList:
+    """Return the parametrizations of a parametrized weight."""
+    return cast(ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[name])
+
+
+def rule_of(module: nn.Module, name: str = "weight") -> SpectralNormalization | None:
+    """Return opnorm's parametrization of a weight, or None."""
+    if not parametrize.is_parametrized(module, name):
+        return None
+    return next((rule for rule in chain_of(module, name) if isinstance(rule, SpectralNormalization)), None)
+
+
+def normalised(model: nn.Module) -> list[tuple[str, nn.Module, str, SpectralNormalization]]:
+    """Return every weight that opnorm normalises: its module's path, the module, its name and the rule."""
+    return [
+        (path, module, name, rule)
+        for path, module in model.named_modules()
+        for name in getattr(module, "parametrizations", {})
+        if (rule := rule_of(module, name)) is not None
+    ]

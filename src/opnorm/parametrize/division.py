@@ -1,0 +1,158 @@
+"""`W -> W / d(W)` with the gradient through the divisor, in as few passes over the weight as it takes.
+
+With d = sigma / K and the singular triple as a direction G, `d sigma / dW = G`, so the gradient is
+`g / d - <g, W / d> / sigma * G`: one inner product and one low-rank update.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from opnorm.parametrize.blocks import Triple
+
+
+def inner(triple: Triple, matrices: Tensor) -> Tensor:
+    """Return `<G, W>`, in the shape of sigma: the gain that the triple sees, differentiable in the weight."""
+    along = matrices if triple.right is None else matrices.to(triple.left.dtype) @ triple.right
+    # As real numbers: the gain is real, and for a complex weight so is the derivative.
+    return shared((triple.left.conj() * along).sum((1, 2)).real, triple.sigma)
+
+
+def shared(values: Tensor, sigma: Tensor) -> Tensor:
+    """Return the values of all blocks, summed where one sigma divides them all."""
+    return values if len(sigma) == len(values) else values.sum(0, keepdim=True)
+
+
+def composed(matrices: Tensor, triple: Triple, lipschitz: Tensor | float, clip: bool) -> Tensor:
+    """Return `W / d` out of differentiable operations, for every order of derivative and every transform."""
+    gain = inner(triple, matrices)
+    return matrices / divisor(gain, lipschitz, clip)[:, None, None]
+
+
+def divisor(sigma: Tensor, lipschitz: Tensor | float, clip: bool) -> Tensor:
+    """Return `sigma / K`, at least 1 where only larger weights are divided; 1 for a zero weight, which stays zero."""
+    ratio = sigma / lipschitz
+    if clip:
+        return ratio.clamp_min(1.0)
+    return torch.where(ratio > 0, ratio, torch.ones_like(ratio))
+
+
+class Divide(Function):
+    """`W / d` for a real weight, or a stored value of it, with the gradient above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        matrices: Tensor,
+        triple: Triple,
+        lipschitz: float,
+        clip: bool,
+        stored: Tensor | None,
+    ) -> Tensor:
+        """Divide, or hand out `stored`."""
+        ctx.triple, ctx.lipschitz, ctx.clip = triple, lipschitz, clip
+        ctx.save_for_backward(matrices)
+        if stored is not None:
+            return stored.view_as(stored)
+        return matrices / divisor(triple.sigma, lipschitz, clip).to(matrices.dtype)[:, None, None]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """One inner product and one low-rank update; for higher derivatives, autograd through the definition."""
+        (matrices,) = ctx.saved_tensors
+        triple, lipschitz, clip = ctx.triple, ctx.lipschitz, ctx.clip
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                value = composed(matrices, triple, lipschitz, clip)
+            return *torch.autograd.grad(value, matrices, gradient, create_graph=True), None, None, None, None
+        scale = divisor(triple.sigma, lipschitz, clip).to(gradient.dtype)[:, None, None]
+        result = gradient / scale
+        along = shared(torch.linalg.vecdot(result.flatten(1), matrices.flatten(1)), triple.sigma)
+        weights = coefficient(triple.sigma, lipschitz, clip, along)
+        return subtract_direction_(result, triple, weights), None, None, None, None
+
+
+def coefficient(sigma: Tensor, lipschitz: float, clip: bool, along: Tensor) -> Tensor:
+    """`along / sigma` where the divisor moves with sigma, and 0 where it does not: zero or unclipped weights."""
+    along = along.to(sigma.dtype)
+    active = sigma > (lipschitz if clip else 0.0)
+    return torch.where(active, along / torch.where(active, sigma, torch.ones_like(sigma)), torch.zeros_like(sigma))
+
+
+def subtract_direction_(result: Tensor, triple: Triple, weights: Tensor) -> Tensor:
+    """Subtract `weights * G` from each block, in place."""
+    factors = (-weights).to(result.dtype)[:, None, None]
+    left = triple.left.to(result.dtype) * factors
+    if triple.right is None:
+        return result.add_(left)
+    if len(result) == 1:
+        result[0].addmm_(left[0], triple.right[0].to(result.dtype).mT)
+        return result
+    return result.baddbmm_(left, triple.right.to(result.dtype).mT)
+
+
+class ScaledLinear(Function):
+    """`x (W / d)^T + b` without ever writing `W / d`; the low-rank update rides along as one more row.
+
+    Input and output are divided by the root of d each, so that nothing overflows for very small or large weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        triple: Triple,
+        lipschitz: float,
+        clip: bool,
+    ) -> Tensor:
+        """Apply to x of shape (n, columns)."""
+        root = divisor(triple.sigma, lipschitz, clip).sqrt()
+        scaled = x / root
+        ctx.triple, ctx.lipschitz, ctx.clip, ctx.has_bias = triple, lipschitz, clip, bias is not None
+        ctx.save_for_backward(x, weight, scaled)
+        result = torch.mm(scaled, weight.mT).div_(root)
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The outer products of the batch and of the direction in one product."""
+        x, weight, scaled = ctx.saved_tensors
+        triple, lipschitz, clip = ctx.triple, ctx.lipschitz, ctx.clip
+        needs = ctx.needs_input_grad
+        none = (None, None, None)
+        if torch.is_grad_enabled():
+            return (*_again(x, weight, gradient, triple, lipschitz, clip, needs), *none)
+        grad_x = grad_weight = along = None
+        grad_bias = gradient.sum(0) if ctx.has_bias and needs[2] else None
+        root = divisor(triple.sigma, lipschitz, clip).sqrt()
+        pulled = gradient / root
+        if needs[0]:
+            grad_x = torch.mm(pulled, weight).div_(root)
+            along = torch.linalg.vecdot(grad_x.flatten(), x.flatten())[None] if needs[1] else None
+        if needs[1] and along is not None:
+            share = coefficient(triple.sigma, lipschitz, clip, along)
+            rows = torch.cat([pulled, triple.left[0].mT * -share])
+            grad_weight = rows.mT @ torch.cat([scaled, triple.right[0].mT])
+        elif needs[1]:
+            grad_weight = pulled.mT @ scaled
+            along = torch.linalg.vecdot(grad_weight.flatten(), weight.flatten())[None]
+            share = coefficient(triple.sigma, lipschitz, clip, along)
+            subtract_direction_(grad_weight[None], triple, share)
+        return grad_x, grad_weight, grad_bias, *none
+
+
+def _again(
+    x: Tensor, weight: Tensor, gradient: Tensor, triple: Triple, lipschitz: float, clip: bool, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients as differentiable functions of everything, for gradients of gradients."""
+    with torch.enable_grad():
+        value = torch.nn.functional.linear(x, composed(weight[None], triple, lipschitz, clip)[0])
+    wanted = [tensor for tensor, need in zip((x, weight), needs, strict=False) if need]
+    found = iter(torch.autograd.grad(value, wanted, gradient, create_graph=True) if wanted else ())
+    grad_x = next(found) if needs[0] else None
+    grad_weight = next(found) if needs[1] else None
+    return grad_x, grad_weight, gradient.sum(0) if needs[2] else None

@@ -1,0 +1,85 @@
+"""What one run of a model tells: the input shape of every layer, and which layer feeds which."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opnorm.parametrize.families import Shape
+
+
+@dataclass
+class Flow:
+    """Recorded in one run: input shapes (None where they differ) and the module that read each module's output."""
+
+    shapes: dict[nn.Module, Shape | None] = field(default_factory=dict)
+    readers: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+
+
+def run_once(model: nn.Module, example_input: Any) -> Flow:
+    """Run the model in evaluation mode, without gradients, and record shapes and readers. Nothing is left behind."""
+    flow = Flow()
+    made: dict[int, tuple[Tensor, nn.Module]] = {}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if tensors:
+            shape = tuple(tensors[0].shape[1:])
+            flow.shapes[module] = shape if flow.shapes.get(module, shape) == shape else None
+        for x in tensors:
+            if id(x) in made and made[id(x)][1] is not module:
+                flow.readers.setdefault(made[id(x)][1], []).append(module)
+
+    def after(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            made[id(output)] = (output, module)  # the tensor is kept, so that its id is not reused
+
+    leaves = [
+        module for module in model.modules() if not list(module.children()) or hasattr(module, "parametrizations")
+    ]
+    handles = [module.register_forward_pre_hook(before) for module in leaves]
+    handles += [module.register_forward_hook(after) for module in leaves]
+    try:
+        with _evaluating(model), torch.no_grad():
+            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flow
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for all but normalised weights, which need no proof to tell shapes."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = "parametriz" in type(module).__module__
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def sequence(model: nn.Module) -> Flow:
+    """What `nn.Sequential` says about which layer feeds which, without a run."""
+    flow = Flow()
+    for parent in model.modules():
+        if isinstance(parent, nn.Sequential):
+            flat = _flatten(parent)
+            for module, reader in pairwise(flat):
+                flow.readers[module] = [reader]
+    return flow
+
+
+def _flatten(parent: nn.Sequential) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for child in parent:
+        found += (
+            _flatten(child) if isinstance(child, nn.Sequential) else [] if isinstance(child, nn.Identity) else [child]
+        )
+    return found

@@ -1,0 +1,175 @@
+"""What `layer.weight` returns in eager mode: a normalised weight that is computed when it is read.
+
+It lets `F.linear` skip the division, and writes such as `torch.nn.init.normal_(layer.weight)` reach the raw weight.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from opnorm.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from opnorm.parametrize.spectral import SpectralNormalization
+
+_DESCRIBE = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+        *(getattr(Tensor, name).__get__ for name in ("is_sparse", "is_quantized", "is_meta", "is_nested", "grad")),
+        *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "stride", "is_floating_point")),
+        *(getattr(Tensor, name) for name in ("is_complex", "__len__", "__hash__", "element_size", "ndimension")),
+        *(getattr(Tensor, name) for name in ("is_contiguous", "is_inference")),
+    }
+)
+_OVERWRITE = frozenset(
+    [
+        "bernoulli_",
+        "cauchy_",
+        "copy_",
+        "exponential_",
+        "fill_",
+        "geometric_",
+        "log_normal_",
+        "normal_",
+        "random_",
+        "requires_grad_",
+        "uniform_",
+        "zero_",
+    ]
+)
+_VIEWS = frozenset({"view", "view_as", "reshape", "flatten", "t", "transpose", "permute", "__getitem__", "detach"})
+
+
+class NormalizedWeight(Tensor):
+    """A tensor without storage; reading it computes the normalised weight, overwriting it writes the raw weight."""
+
+    _owner: "SpectralNormalization"
+    _raw: Tensor
+    _root: "NormalizedWeight"
+    _path: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+    _detached: bool
+    _value: Tensor | None
+    _written: bool
+
+    @staticmethod
+    def __new__(
+        cls, owner: "SpectralNormalization", raw: Tensor, root: "NormalizedWeight | None" = None
+    ) -> "NormalizedWeight":
+        """Wrap the raw weight of a parametrization, or a view of it."""
+        grad = raw.requires_grad and torch.is_grad_enabled()
+        self: NormalizedWeight = torch.Tensor._make_wrapper_subclass(
+            cls, raw.shape, strides=raw.stride(), dtype=raw.dtype, device=raw.device, requires_grad=grad
+        )
+        self._owner, self._raw, self._root = owner, raw, self if root is None else root
+        self._path, self._detached, self._value, self._written = (), False, None, False
+        return self
+
+    def materialised(self) -> Tensor:
+        """Return the normalised weight as a plain tensor, computed once for each access to `layer.weight`."""
+        root = self._root
+        if root._value is None:
+            root._value = root._owner.value(root._raw)
+        value = root._value
+        for func, args, kwargs in self._path:
+            value = func(value, *args, **kwargs)
+        return value.detach() if self._detached else value
+
+    def viewed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "NormalizedWeight":
+        """Return a view, through which an initialisation can still write."""
+        other = NormalizedWeight(self._owner, func(self._raw.detach(), *args, **kwargs), self._root)
+        other._path, other._detached = (*self._path, (func, args, kwargs)), True
+        return other
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Describe without computing, write to the raw weight, and compute the value for everything else."""
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) > 1 and isinstance(args[1], NormalizedWeight):
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            fast = args[1]._owner.linear(args[0], args[1]._root, bias) if args[1] is args[1]._root else None
+            if fast is not None:
+                return fast
+        if func in _DESCRIBE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        first = args[0] if args and isinstance(args[0], NormalizedWeight) else None
+        if first is not None:
+            if func is Tensor.__deepcopy__:  # recurrent layers keep a list of their weights
+                return first.materialised().detach().clone()
+            if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+                return first.viewed(Tensor.detach, (), {})
+            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+                return _write(first, Tensor.copy_, args[1:], {})
+            if name in _VIEWS and (name == "detach" or not torch.is_grad_enabled()):
+                return first.viewed(func, args[1:], kwargs)
+            if _writes(name):
+                return _write(first, func, args[1:], kwargs)
+        if getattr(func, "__module__", "") == "torch.nn.init" or isinstance(kwargs.get("out"), NormalizedWeight):
+            _mark(args, kwargs)
+            args, kwargs = tree_map_only(NormalizedWeight, lambda weight: weight._raw, (args, kwargs))
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        args, kwargs = tree_map_only(NormalizedWeight, NormalizedWeight.materialised, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse what went past `__torch_function__`: it would lose the gradient of the raw weight.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError(
+            f"{func} got a normalised weight in a way that opnorm cannot follow; pass layer.weight.clone() instead"
+        )
+
+
+def _writes(name: str) -> bool:
+    return (
+        name in {"__setitem__", "__set__"}
+        or (name.endswith("_") and not name.endswith("__"))
+        or (
+            name.startswith("__i")
+            and name in {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imatmul__"}
+        )
+    )
+
+
+def _write(weight: NormalizedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    name = func.__name__
+    if name not in _OVERWRITE and func is not Tensor.copy_ and not weight._root._written:
+        raise ArgumentError(
+            f"{name} on a normalised weight would be lost, as the weight is computed from the raw one; assign "
+            "layer.weight = value, or write to layer.parametrizations.weight.original and call opnorm.update(layer)"
+        )
+    args, kwargs = tree_map_only(NormalizedWeight, NormalizedWeight.materialised, (args, kwargs))
+    if name == "requires_grad_":
+        weight._raw.requires_grad_(*args, **kwargs)
+        return weight
+    with torch.no_grad():
+        func(weight._raw.detach(), *args, **kwargs)
+    root = weight._root
+    root._written, root._value = True, None
+    root._owner.renew()
+    return weight
+
+
+def _mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def mark(weight: NormalizedWeight) -> NormalizedWeight:
+        weight._root._written, weight._root._value = True, None
+        weight._root._owner.renew()
+        return weight
+
+    tree_map_only(NormalizedWeight, mark, (args, kwargs))

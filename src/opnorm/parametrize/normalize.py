@@ -1,0 +1,116 @@
+"""Normalising every linear layer of a model at once."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any, TypeVar
+
+from torch import nn
+
+from opnorm.errors import ArgumentError
+from opnorm.norms.casting import Mode
+from opnorm.parametrize.batchnorm import fold_batch_norms
+from opnorm.parametrize.chains import rule_of
+from opnorm.parametrize.coverage import undoing
+from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, weights_of
+from opnorm.parametrize.flow import run_once, sequence
+from opnorm.parametrize.register import spectral_norm
+from opnorm.parametrize.spectral import Iterations
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def normalize(
+    model: ModelT,
+    example_input: Any = None,
+    *,
+    lipschitz: float = 1.0,
+    total: float | None = None,
+    skip: Iterable[str] = (),
+    mode: Mode = "divide",
+    norm: Norm = "operator",
+    n_power_iterations: Iterations = 1,
+    learn_scale: bool = False,
+    fold_batch_norm: bool = False,
+) -> ModelT:
+    """Apply `spectral_norm` to every matrix of every linear layer of a model.
+
+    Args:
+        model: changed in place; weights that opnorm normalises already are left as they are.
+        example_input: one batch, or the tuple of the arguments. With it convolutions are normalised for the input
+            sizes that they see in it; without it for every size.
+        lipschitz: K of every weight.
+        total: instead of `lipschitz`, the product of all K: each weight gets the n-th root. It is the bound of a
+            chain; branches add, see `opnorm.lipschitz`.
+        skip: names of modules to leave out; `*` stands for anything, and a name stands for all below it.
+        mode: "divide" or "clip".
+        norm: "operator" or "reshaped".
+        n_power_iterations: of each weight's estimate.
+        learn_scale: train a scale for each weight.
+        fold_batch_norm: first fold every BatchNorm into the layer before it, in its evaluation form; needs
+            `example_input`, on which the model's output is compared before and after.
+
+    Returns:
+        The same model. A warning names the weights whose norm cannot matter, as a normalisation follows.
+
+    Raises:
+        ArgumentError: if there is nothing to normalise, a name in `skip` matches nothing, or both K's are given.
+        InputShapeError: for a layer whose norm depends on its input's size, where that is not known.
+        UnsupportedLayerError: for a linear layer whose `forward` is overridden.
+
+    Example:
+        >>> import torch, opnorm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = opnorm.normalize(model, total=4.0).eval()
+        >>> round(torch.linalg.matrix_norm(model[0].weight, 2).item(), 4)
+        2.0
+    """
+    if total is not None and lipschitz != 1.0:
+        raise ArgumentError("give lipschitz (of every weight) or total (their product), not both")
+    if fold_batch_norm:
+        if example_input is None:
+            raise ArgumentError("fold_batch_norm=True needs example_input, which tells the layer before each BatchNorm")
+        fold_batch_norms(model, example_input)
+    flow = sequence(model) if example_input is None else run_once(model, example_input)
+    found = _to_normalise(model, list(skip))
+    if not found:
+        raise ArgumentError(
+            f"this {type(model).__name__} has no linear layer left to normalise; opnorm.coverage says why"
+        )
+    if total is not None and not (math.isfinite(total) and total > 0):
+        raise ArgumentError(f"total={total!r}: it is a positive number")
+    each = lipschitz if total is None else total ** (1 / len(found))
+    for module, name in found:
+        sized = isinstance(module, CONVOLUTIONS | TRANSPOSED) and norm == "operator"
+        spectral_norm(
+            module, name, n_power_iterations, lipschitz=each, mode=mode, norm=norm, learn_scale=learn_scale,
+            input_shape=flow.shapes.get(module) if sized else None,
+        )  # fmt: skip
+    inert = [
+        path for path, module in model.named_modules() if any(m is module for m, _ in found) and undoing(module, flow)
+    ]
+    if inert:
+        warnings.warn(
+            f"normalising {', '.join(inert)} is inert: a normalisation without running statistics follows and undoes "
+            "any scale; it bounds nothing",
+            stacklevel=2,
+        )
+    return model
+
+
+def _to_normalise(model: nn.Module, skip: list[str]) -> list[tuple[nn.Module, str]]:
+    """The weights of all layers but those to be left out, each once."""
+    unused = set(skip)
+    found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for owner, name in weights_of(module):
+            matching = [pattern for pattern in skip if fnmatch(path, pattern) or fnmatch(path, f"{pattern}.*")]
+            unused -= set(matching)
+            if not matching and rule_of(owner, name) is None:
+                found.setdefault((id(owner), name), (owner, name))
+    if unused:
+        raise ArgumentError(
+            f"skip={sorted(unused)} matches no linear layer; the names are those of model.named_modules()"
+        )
+    return list(found.values())

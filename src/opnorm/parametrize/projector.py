@@ -1,0 +1,90 @@
+"""The division as a step after `optimizer.step()`, for loops that want no parametrization."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from opnorm.errors import ArgumentError
+from opnorm.norms.casting import Mode
+from opnorm.parametrize.chains import rule_of
+from opnorm.parametrize.deployed import deploy
+from opnorm.parametrize.division import divisor
+from opnorm.parametrize.families import Norm, Shape
+from opnorm.parametrize.spectral import Iterations
+from opnorm.parametrize.tracked import track
+
+
+class Projector:
+    """Divides every linear weight of a plain model in place, by a warm-started estimate of its norm.
+
+    Call `step_()` after `optimizer.step()`; with mode "clip" only weights above K are divided, a spectral cap. The
+    estimate is from below, so that norms can exceed K a little; `step_(proved=True)` divides by proved norms instead,
+    for the end of training or before a checkpoint.
+
+    Args:
+        model: a model without parametrizations by opnorm.
+        lipschitz: K.
+        mode: "divide" or "clip".
+        norm: "operator" or "reshaped".
+        input_shapes: of one sample, by the name of the module, for layers whose norm depends on it.
+        n_power_iterations: for each step.
+        skip: names of modules to leave out, with `*` for anything.
+
+    Raises:
+        ArgumentError: if there is nothing to project, or a weight is normalised by opnorm already.
+        InputShapeError: if a layer's norm depends on an input size that is not given.
+
+    Example:
+        >>> import torch, opnorm
+        >>> model = torch.nn.Linear(4, 4)
+        >>> norms = opnorm.Projector(model, 0.5).step_(proved=True)
+        >>> round(torch.linalg.matrix_norm(model.weight, 2).item(), 5)
+        0.5
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lipschitz: float = 1.0,
+        *,
+        mode: Mode = "divide",
+        norm: Norm = "operator",
+        input_shapes: Mapping[str, Shape] | None = None,
+        n_power_iterations: Iterations = 1,
+        skip: Iterable[str] = (),
+    ) -> None:
+        """Find the weights; nothing is computed or changed yet."""
+        self._tracked = track(
+            model, lipschitz=lipschitz, mode=mode, norm=norm, iterations=n_power_iterations,
+            input_shapes=input_shapes, skip=skip,
+        )  # fmt: skip
+        for label, (module, name, _) in self._tracked.items():
+            if rule_of(module, name) is not None:
+                raise ArgumentError(f"{label} is normalised by opnorm.spectral_norm; a projector is for plain weights")
+
+    @torch.no_grad()
+    def step_(self, *, proved: bool = False) -> dict[str, float]:
+        """Divide every weight in place.
+
+        Args:
+            proved: divide by proved norms, so that the stored weights are within K.
+
+        Returns:
+            The estimated norm that each weight had before, by name.
+
+        Raises:
+            WeightError: if a weight holds NaN or infinite values.
+        """
+        before: dict[str, float] = {}
+        for label, (module, name, rule) in self._tracked.items():
+            weight = getattr(module, name)
+            triple = rule.triple(weight)
+            before[label] = float(triple.sigma.max())
+            if proved:
+                weight.copy_(deploy(rule.view, weight, rule.lipschitz, rule.mode, label))
+                continue
+            divided = divisor(triple.sigma, rule.lipschitz, rule.mode == "clip").to(weight.dtype)
+            matrices = rule.view.matrices(weight)
+            weight.copy_(rule.view.weight(matrices / divided[:, None, None], weight.shape))
+        return before

@@ -1,0 +1,208 @@
+"""`spectral_norm` and its removal: torch's call, the true operator's norm."""
+
+import math
+from functools import partial
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from opnorm.errors import ArgumentError, WeightError
+from opnorm.norms.casting import Mode
+from opnorm.parametrize.chains import chain_of, rule_of
+from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
+from opnorm.parametrize.sharding import follow_shards, local
+from opnorm.parametrize.spectral import Iterations, SpectralNormalization
+from opnorm.parametrize.states import adopt_state
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def spectral_norm(
+    module: ModuleT,
+    name: str | None = "weight",
+    n_power_iterations: Iterations = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    lipschitz: float = 1.0,
+    mode: Mode = "divide",
+    norm: Norm = "operator",
+    input_shape: Shape | None = None,
+    learn_scale: bool = False,
+) -> ModuleT:
+    """Divide a layer's weight by its operator norm: `layer.weight` becomes `K W / sigma(W)`.
+
+    In evaluation the divisor is a proved upper bound of the norm of the raw weight, and what is handed out is still
+    within K after rounding to its dtype; it depends on the raw weight alone. In training the divisor is an estimate
+    of the same norm, refreshed once for each new value of the weight, with the gradient through it.
+
+    Args:
+        module: a Linear, Embedding, convolution, MultiheadAttention or recurrent layer; changed in place.
+        name: the weight; None for every matrix of the layer (q, k, v and out_proj, each by its own norm).
+        n_power_iterations: block iterations for each new value of the weight, or "adaptive": until it has settled.
+        eps: accepted for compatibility and not needed: a zero weight stays zero.
+        dim: the axis that becomes the rows with `norm="reshaped"`; the true operator does not depend on it.
+        lipschitz: K > 0, the norm that the weight is given.
+        mode: "divide", or "clip": `W / max(1, sigma / K)`.
+        norm: "operator", the true one; or "reshaped", that of the kernel as a matrix, as in torch and Miyato et al.
+        input_shape: of one sample, such as (3, 32, 32); None: valid for every input size.
+        learn_scale: train a scale `s = K sigmoid(theta)` that takes the place of K, starting at 0.993 K.
+
+    Returns:
+        The same module.
+
+    Guarantee:
+        Proved in evaluation and after `opnorm.fold`; an estimate (from below, as torch's) in training.
+
+    Raises:
+        ArgumentError: if an argument does not fit, or the weight is already normalised.
+        UnsupportedLayerError: if it is unknown which linear map the weight is.
+        InputShapeError: if the norm depends on the input size and `input_shape` is missing or does not fit.
+        WeightError: if the weight does not exist yet, is not finite, or is not a floating-point matrix or kernel.
+
+    Source: Miyato et al., *Spectral Normalization for Generative Adversarial Networks*, ICLR 2018, for the idea.
+
+    Example:
+        >>> import torch, opnorm
+        >>> layer = opnorm.spectral_norm(torch.nn.Conv2d(3, 8, 3, padding=1)).eval()
+        >>> opnorm.norm(layer).upper <= 1.01 and opnorm.norm(opnorm.fold(layer)).lower <= 1.0
+        True
+    """
+    if name is None:
+        found = weights_of(module)
+        if not found:
+            raise ArgumentError(
+                f"{type(module).__name__} has no weight that opnorm knows; pass name=... and norm='reshaped'"
+            )
+        for owner, weight_name in found:
+            spectral_norm(
+                owner, weight_name, n_power_iterations, eps, dim if owner is module else None, lipschitz=lipschitz,
+                mode=mode, norm=norm, input_shape=input_shape, learn_scale=learn_scale,
+            )  # fmt: skip
+        return module
+    label = f"{type(module).__name__}.{name}"
+    _check(module, name, n_power_iterations, lipschitz, mode=mode, norm=norm, learn_scale=learn_scale)
+    view = view_of(module, name, norm, dim, input_shape)
+    raw: Tensor = getattr(module, name)
+    rule = SpectralNormalization(
+        view, float(lipschitz), mode, n_power_iterations, label, learn_scale=learn_scale, norm=norm
+    ).to(raw.device)
+    if raw.device.type != "meta" and not bool(torch.isfinite(local(raw)).all()):
+        raise WeightError(f"{label} holds NaN or infinite values; repair it before normalising it")
+    rule.order = tuple(module._parameters)
+    rule.train(module.training)
+    parametrize.register_parametrization(module, name, rule, unsafe=True)
+    chain = chain_of(module, name)
+    follow_shards(chain.original, chain, "original")
+    if raw.device.type != "meta":
+        rule.triple(chain.original)
+    module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)  # type: ignore[no-untyped-call]
+    return module
+
+
+def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> ModuleT:
+    """Make the weight that evaluation uses a plain parameter again; nothing of opnorm is left on the layer.
+
+    Args:
+        module: a layer that `spectral_norm` was applied to; changed in place.
+        name: the weight; None for every one that is normalised.
+
+    Raises:
+        ArgumentError: if that weight is not normalised by opnorm, or is parametrized by something else too.
+        WeightError: if the weight holds NaN or infinite values.
+
+    Example:
+        >>> import torch, opnorm
+        >>> layer = opnorm.spectral_norm(torch.nn.Linear(4, 4))
+        >>> type(opnorm.remove_spectral_norm(layer)).__name__, "weight" in dict(layer.named_parameters())
+        ('Linear', True)
+    """
+    if name is None:
+        pairs = weights_of(module) or [(module, other) for other in getattr(module, "parametrizations", {})]
+        found = [(owner, other) for owner, other in pairs if rule_of(owner, other) is not None]
+        if not found:
+            raise ArgumentError(f"{type(module).__name__} has no weight that opnorm normalises")
+        for owner, other in found:
+            remove_spectral_norm(owner, other)
+        return module
+    rule = rule_of(module, name)
+    if rule is None:
+        raise ArgumentError(f"{type(module).__name__}.{name} is not normalised by opnorm.spectral_norm")
+    chain = chain_of(module, name)
+    if len(chain) > 1:
+        raise ArgumentError(f"{rule.label} has other parametrizations besides opnorm's; remove those first")
+    raw: Tensor = chain.original
+    value = rule.deployed(raw, rule.bound()).clone()
+    detach_parametrization(module, name)
+    places = {other: place for place, other in enumerate(rule.order)}
+    held = sorted(module._parameters.items(), key=lambda item: places.get(item[0], -1))
+    module._parameters.clear()
+    module._parameters.update(held)
+    with torch.no_grad():
+        raw.copy_(value)
+    hooks = module._load_state_dict_pre_hooks
+    for number, hook in list(hooks.items()):
+        inner = getattr(hook, "hook", hook)
+        if isinstance(inner, partial) and inner.func is adopt_state and inner.args == (name,):
+            del hooks[number]
+    return module
+
+
+def detach_parametrization(module: nn.Module, name: str) -> None:
+    """Make the raw tensor of a parametrized weight a plain parameter of the layer again.
+
+    `torch.nn.utils.parametrize.remove_parametrizations` deletes the property from the layer's class, which a deep
+    copy of the layer shares: removing it from a copy would break the original.
+    """
+    cls = type(module)
+    raw: Tensor = chain_of(module, name).original
+    chains = cast(nn.ModuleDict, module.parametrizations)
+    del chains[name]
+    if len(chains):
+        kept = {key: value for key, value in vars(cls).items() if key not in {name, "__dict__", "__weakref__"}}
+        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+    else:
+        del module.parametrizations
+        module.__class__ = cls.__bases__[0]
+    if isinstance(raw, nn.Parameter):
+        module.register_parameter(name, raw)
+    else:
+        module.register_buffer(name, raw)
+    if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
+        module._init_flat_weights()  # it keeps a list of its weights
+
+
+def _check(
+    module: nn.Module, name: str, iterations: Iterations, lipschitz: float, *, mode: str, norm: str, learn_scale: bool
+) -> None:
+    label = f"{type(module).__name__}.{name}"
+    if not (math.isfinite(lipschitz) and lipschitz > 0):
+        raise ArgumentError(f"lipschitz={lipschitz!r}: it is a positive number")
+    if mode not in {"divide", "clip"}:
+        raise ArgumentError(f"mode={mode!r}: it is 'divide' or 'clip'")
+    if norm not in {"operator", "reshaped"}:
+        raise ArgumentError(f"norm={norm!r}: it is 'operator', or 'reshaped' for torch's convention")
+    if iterations != "adaptive" and not iterations >= 1:
+        raise ArgumentError(f"n_power_iterations={iterations!r}: it is a positive integer, or 'adaptive'")
+    if learn_scale and mode == "clip":
+        raise ArgumentError("learn_scale=True needs mode='divide': a clipped weight may be smaller than any scale")
+    if rule_of(module, name) is not None:
+        raise ArgumentError(
+            f"{label} is already normalised by opnorm; call opnorm.remove_spectral_norm first to change it"
+        )
+    if uses_torch(module, name):
+        raise ArgumentError(
+            f"{label} is normalised by torch's spectral_norm; opnorm.convert(model) turns it into opnorm's"
+        )
+
+
+def uses_torch(module: nn.Module, name: str) -> bool:
+    """Whether one of torch's two functions normalises this weight."""
+    if any(isinstance(hook, SpectralNorm) and hook.name == name for hook in module._forward_pre_hooks.values()):
+        return True
+    chain = chain_of(module, name) if parametrize.is_parametrized(module, name) else ()
+    return any(isinstance(rule, _SpectralNorm) for rule in chain)

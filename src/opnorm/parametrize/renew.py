@@ -1,0 +1,28 @@
+"""Saying by hand that weights have changed."""
+
+from torch import nn
+
+from opnorm.parametrize.chains import chain_of, normalised
+
+
+def update(model: nn.Module) -> int:
+    """Refresh the training estimate of every normalised weight, and compare the deployed ones in full at the next use.
+
+    A weight that was changed in the ordinary ways is noticed without it. Call it after what torch does not count as a
+    change and a sample of the entries may miss or cannot see: a few entries written through `.data`, and on
+    accelerators fused optimizers, `.data` writes, EMA swaps and sharded optimizer steps. To do it after every step:
+    `optimizer.register_step_post_hook(lambda *_: opnorm.update(model))`.
+
+    Returns:
+        How many weights were refreshed.
+
+    Example:
+        >>> import torch, opnorm
+        >>> opnorm.update(opnorm.spectral_norm(torch.nn.Linear(3, 3)))
+        1
+    """
+    found = normalised(model)
+    for _, module, name, rule in found:
+        rule.renew()
+        rule.triple(chain_of(module, name).original)
+    return len(found)

@@ -1,0 +1,58 @@
+"""The largest singular triple of a map that frequencies say little about, tracked on one sample.
+
+For reflecting and replicating padding, and for small inputs, where the border is a large part of the norm.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opnorm.operators import Conv, ConvTranspose, LinearOperator
+from opnorm.parametrize.blocks import Block, Triple, random_like, ritz_rotation
+from opnorm.parametrize.views import View, with_weight
+
+
+def start(view: View, weight: Tensor, width: int) -> Block:
+    """Return orthonormal samples that depend on nothing but the shape."""
+    operator = view.template
+    y = random_like(weight, (1, operator.in_size, min(width, operator.in_size, operator.out_size)), as_complex=False)
+    return Block(torch.linalg.qr(y)[0], y.real[:, :0, 0], y[..., :0])
+
+
+def step(view: View, weight: Tensor, block: Block) -> tuple[Block, Triple]:
+    """Advance the samples by one block power iteration; the direction is the gradient of the gain, in full."""
+    operator = with_weight(view.template, weight)
+    images = _columns(operator.apply(_samples(block.y, operator.in_shape)))
+    left = torch.linalg.qr(images)[0]
+    pulled = _columns(operator.adjoint(_samples(left, operator.out_shape)))
+    rotation = ritz_rotation(pulled)
+    y, left = pulled @ rotation, left @ rotation[..., :1]
+    lengths = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    y = y / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    slope = _weight_gradient(
+        operator, _samples(y[..., :1], operator.in_shape), _samples(left, operator.out_shape), weight
+    )
+    return Block(y, block.omega, block.scouts), Triple(lengths[:, 0, 0], view.matrices(slope), None)
+
+
+def _samples(columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return columns[0].mT.reshape(-1, *shape)
+
+
+def _columns(samples: Tensor) -> Tensor:
+    return samples.flatten(1).mT[None]
+
+
+def _weight_gradient(operator: LinearOperator, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `<y, A x>` with respect to the weight of a convolution."""
+    transposed = isinstance(operator, ConvTranspose)
+    conv = operator.conv if isinstance(operator, ConvTranspose) else operator
+    assert isinstance(conv, Conv)
+    padding = [left for left, _ in conv.padding] if transposed else [0] * conv.dims
+    extra = list(operator.output_padding) if isinstance(operator, ConvTranspose) else [0] * conv.dims
+    fed = x if transposed else replace(conv, weight=weight).pad(x)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        y, fed, weight, None, conv.stride, padding, conv.dilation, transposed, extra, conv.groups, (False, True, False)
+    )
+    return found[1]

@@ -1,0 +1,84 @@
+"""Weights that are spread over several processes (DTensor): products of the shards, never of a gathered weight.
+
+In training only vectors travel: the images of the block under the shards. In evaluation the proof needs the whole
+weight, which is gathered once for each new value.
+"""
+
+import gc
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opnorm.errors import ArgumentError
+from opnorm.parametrize.blocks import Triple
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor."""
+    return dist.is_available() and isinstance(weight, DTensor)
+
+
+def local(weight: Tensor) -> Tensor:
+    """Return what this process holds of a weight."""
+    return weight.detach().to_local() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+
+
+def agreed(weight: Tensor, changed: bool) -> bool:
+    """Whether any of the processes that share a weight sees a change; one number travels."""
+    if not is_sharded(weight):
+        return changed
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    flag = torch.tensor([int(changed)], device=local(weight).device)
+    for axis in range(mesh.ndim):
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    return bool(flag.item())
+
+
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that every process holds, on the mesh of a weight."""
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def product(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return `matrix @ vectors` in full on every process, bit for bit the same."""
+    whole: Tensor = (matrix @ replicated(vectors, matrix)).full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
+def spread(triple: Triple, like: Tensor) -> Triple:
+    """Return a triple on the mesh of a weight, for products with its shards."""
+    right = None if triple.right is None else replicated(triple.right, like)
+    return Triple(replicated(triple.sigma, like), replicated(triple.left, like), right)
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """Return the whole weight."""
+    return weight.detach().full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+
+
+def as_before(value: Tensor, like: Tensor) -> Tensor:
+    """Spread a whole weight as another one is; the first process's bits are everyone's."""
+    if not is_sharded(like):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def follow_shards(parameter: Tensor, module: torch.nn.Module, name: str) -> None:
+    """Tell FSDP2 that a parameter which it shards already has moved to another module.
+
+    Raises:
+        ArgumentError: if this version of torch keeps its books in another way.
+    """
+    for keeper in gc.get_referrers(parameter) if is_sharded(parameter) else ():
+        books = keeper if isinstance(keeper, dict) else getattr(keeper, "__dict__", {})
+        if books.get("sharded_param") is not parameter:
+            continue
+        info = books.get("_module_info")
+        if info is None or not hasattr(info, "param_name") or not hasattr(info, "module"):
+            raise ArgumentError("this version of torch cannot normalise what fully_shard has sharded; normalise first")
+        info.module, info.param_name = module, name

@@ -1,0 +1,324 @@
+"""The parametrization `W -> K W / sigma(W)`: an estimate of the true norm in training, a proved one in evaluation."""
+
+import json
+import warnings
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from opnorm.errors import ArgumentError, WeightError
+from opnorm.norms.casting import Mode
+from opnorm.parametrize import blocks, compiled, frequencies, sampled, sharding, values
+from opnorm.parametrize.blocks import Block, Triple
+from opnorm.parametrize.deployed import deploy
+from opnorm.parametrize.division import Divide, ScaledLinear, composed
+from opnorm.parametrize.lazy import NormalizedWeight
+from opnorm.parametrize.views import View
+
+Iterations = int | Literal["adaptive"]
+
+WIDTH = 8
+"""Vectors in the block of a matrix: at one iteration a step, 8 follow a weight ten times closer than one."""
+
+CONV_WIDTH = 4
+"""Vectors at the frequency of a convolution, which scouts at other frequencies add to."""
+
+ADAPTIVE_TOLERANCE = 1e-4
+ADAPTIVE_MOST = 24
+
+
+def _no_transforms() -> AbstractContextManager[object]:
+    """Values are computed outside the transforms of torch.func, which would wrap them."""
+    return temporarily_clear_interpreter_stack()
+
+
+class SpectralNormalization(nn.Module):
+    """Divides one weight; made by `opnorm.spectral_norm`.
+
+    In training the divisor is an estimate, refreshed once for each new value of the weight. In evaluation it is a
+    proved upper bound, and the result depends on the weight and nothing else. The buffers only warm-start the
+    estimate: they may be lost, averaged or copied.
+
+    Attributes:
+        view: how the weight is read as a linear map.
+        lipschitz: K.
+        mode: "divide", or "clip": divide only what is larger than K.
+        iterations: of the estimate, for each new value.
+        label: the layer and the weight, for messages.
+        order: the parameters of the layer before it was normalised, for putting them back in their places.
+        scale: with `learn_scale`, the parameter theta of the scale `K sigmoid(theta)`.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        lipschitz: float,
+        mode: Mode,
+        iterations: Iterations,
+        label: str,
+        *,
+        learn_scale: bool,
+        norm: str,
+    ) -> None:
+        """Hold what does not change; `follow` sets the estimate."""
+        super().__init__()
+        self.view, self.lipschitz, self.mode, self.iterations = view, lipschitz, mode, iterations
+        self.label, self.norm = label, norm
+        self.order: tuple[str, ...] = ()
+        self.scale = nn.Parameter(torch.tensor(5.0)) if learn_scale else None
+        for name in ("y", "omega", "scouts"):
+            self.register_buffer(name, None, persistent=False)
+        self._number = compiled.enrol(self)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._epoch = self._turn = 0
+        self._key: values.Key | None = None
+        self._triple: Triple | None = None
+        self._stored: tuple[values.Key, tuple[int, ...], float, Tensor] | None = None
+        self._verify = False
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Give a copy a number of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = compiled.enrol(self)
+
+    # ---------------------------------------------------------------- what `layer.weight` is
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the normalised weight; in eager mode it is computed when it is read."""
+        if torch.compiler.is_compiling():
+            return self._in_graph(weight)
+        if (
+            torch._C._is_tracing()
+            or sharding.is_sharded(weight)
+            or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        ):
+            return self.value(weight)
+        return NormalizedWeight(self, weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the raw weight that assigning to `layer.weight` sets: the value itself, to be divided again."""
+        return weight.materialised() if isinstance(weight, NormalizedWeight) else weight
+
+    def value(self, weight: Tensor) -> Tensor:
+        """Return the normalised weight as a plain tensor."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            return self._transformed(weight)
+        differentiable = torch.is_grad_enabled() and (weight.requires_grad or self.scale is not None)
+        stored = None if self.training else self.deployed(weight, self.bound())
+        if stored is not None and not differentiable:
+            return stored
+        triple = self.triple(weight)
+        if sharding.is_sharded(weight):
+            return self._composed(weight, sharding.spread(triple, weight), stored)
+        if weight.is_complex() or torch._C._are_functorch_transforms_active() or self.view.axis:
+            return self._composed(weight, triple, stored)
+        matrices = self.view.matrices(weight)
+        held = None if stored is None else self.view.matrices(stored)
+        divided: Tensor = Divide.apply(matrices, triple, self._divided_to, self.mode == "clip", held)  # type: ignore[no-untyped-call]
+        return self._scaled(self.view.weight(divided, weight.shape), stored)
+
+    def linear(self, x: object, weight: NormalizedWeight, bias: Tensor | None) -> Tensor | None:
+        """Return `F.linear(x, layer.weight, bias)` without computing the weight, or None where that is not possible."""
+        view = self.view
+        plain = self.training and self.scale is None and view.blocks == 1 and not view.frequencies and not view.axis
+        raw = weight._raw
+        if not isinstance(x, Tensor) or x.dtype != raw.dtype or raw.dtype != values.compute_dtype(raw):
+            return None
+        if not plain or raw.is_complex() or weight._value is not None or torch.is_autocast_enabled(raw.device.type):
+            return None
+        if torch._C._are_functorch_transforms_active() or view.sampled or raw.ndim != 2:
+            return None
+        flat = x.reshape(-1, x.shape[-1])
+        out: Tensor = ScaledLinear.apply(flat, raw, bias, self.triple(raw), self.lipschitz, self.mode == "clip")  # type: ignore[no-untyped-call]
+        return out.reshape(*x.shape[:-1], -1)
+
+    @property
+    def _divided_to(self) -> float:
+        return 1.0 if self.scale is not None else self.lipschitz
+
+    def bound(self) -> Tensor | None:
+        """The scale that a learned one has now, at most K."""
+        return None if self.scale is None else self.lipschitz * torch.sigmoid(self.scale)
+
+    def _scaled(self, weight: Tensor, stored: Tensor | None) -> Tensor:
+        bound = self.bound()
+        if bound is None:
+            return weight
+        return weight * (bound if stored is None else bound / bound.detach()).to(weight.dtype)
+
+    def _composed(self, weight: Tensor, triple: Triple, stored: Tensor | None) -> Tensor:
+        matrices = self.view.matrices(weight)
+        value = composed(matrices, triple, self._divided_to, self.mode == "clip").to(weight.dtype)
+        plain = self.view.weight(value, weight.shape)
+        if stored is not None:  # the proved value, with the gradient of the estimate
+            bound = self.bound()
+            plain = plain if bound is None else plain * bound.detach().to(plain.dtype)
+            plain = stored + (plain - plain.detach())
+        return self._scaled(plain, stored)
+
+    def _in_graph(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise ArgumentError(
+                f"{self.label} is normalised: export opnorm.fold(model), whose weights are plain and proved"
+            )
+        if not self.training:
+            bound = self.bound()
+            stored: Tensor | None = compiled.deployed(
+                weight.detach(), self._number, None if bound is None else bound.detach()
+            )
+            if stored is not None and not (torch.is_grad_enabled() and weight.requires_grad):
+                return stored
+        else:
+            stored = None
+        sigma, left, right = compiled.triple(weight.detach(), self._number)
+        return self._composed(weight, Triple(sigma, left, None if self.view.sampled else right), stored)
+
+    def _transformed(self, weight: Tensor) -> Tensor:
+        """Under vmap and other transforms: one more iteration from the buffers, which are not written."""
+        if not self.training:
+            raise ArgumentError(
+                f"{self.label}: a proof needs a weight's values, which transforms of torch.func hide; stack "
+                "[opnorm.fold(model) for model in models] instead"
+            )
+        dtype = values.compute_dtype(weight)
+        with torch.no_grad():
+            _, triple = self._step(weight.detach().to(dtype), self._block(dtype))
+        return self._composed(weight, self._joined(triple), None)
+
+    # ---------------------------------------------------------------- the estimate
+
+    def triple(self, weight: Tensor) -> Triple:
+        """Return the estimate for this value of the weight, refreshed if the value is new."""
+        key = values.key(weight, self._epoch)
+        unchanged = self._key is not None and values.same(self._key, key)
+        if self._triple is not None and not sharding.agreed(weight, not unchanged):
+            return self._triple
+        dtype = values.compute_dtype(weight)
+        lost = self._triple is None or self._key is None or values.far(self._key, key)
+        afresh = sharding.agreed(weight, lost)
+        try:
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
+                raw = weight.detach().to(dtype)
+                block, triple = self._converged(raw) if afresh else self._advanced(raw, dtype)
+                broken = not bool(torch.isfinite(triple.sigma).all())
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            broken = True
+        if broken:
+            self._key = None  # nothing is learned from a broken weight, and the next value starts afresh
+            if self._triple is None:
+                raise WeightError(f"{self.label} holds NaN or infinite values, so it has no norm to divide by")
+            return self._triple
+        self._store(block)
+        self._key, self._triple = key, self._joined(triple)
+        return self._triple
+
+    def _converged(self, raw: Tensor) -> tuple[Block, Triple]:
+        if self.view.frequencies:
+            return frequencies.converge(self.view, self.view.matrices(raw), CONV_WIDTH)
+        if not self.view.sampled:
+            return blocks.converge(self.view.matrices(raw), WIDTH)
+        block = sampled.start(self.view, raw, WIDTH)
+        return blocks.iterate(
+            lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=100, least=8
+        )
+
+    def _advanced(self, raw: Tensor, dtype: torch.dtype) -> tuple[Block, Triple]:
+        block = self._block(dtype)
+        if self.iterations == "adaptive":
+            return blocks.iterate(
+                lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=ADAPTIVE_MOST, least=4
+            )
+        for _ in range(self.iterations):
+            block, triple = self._step(raw, block)
+        return block, triple
+
+    def _step(self, raw: Tensor, block: Block) -> tuple[Block, Triple]:
+        if self.view.sampled:
+            return sampled.step(self.view, raw, block)
+        matrices = self.view.matrices(raw)
+        if self.view.frequencies:
+            self._turn += 1
+            return frequencies.step(self.view, matrices, block, self._turn)
+        return blocks.step(matrices, block)
+
+    def _joined(self, triple: Triple) -> Triple:
+        """Where the norm is the largest of the blocks', only the largest block's triple counts."""
+        if not self.view.joint or self.view.blocks == 1 or self.view.sampled:
+            return triple
+        top = triple.sigma.argmax()
+        which = (torch.arange(self.view.blocks, device=top.device) == top).to(triple.left.dtype)
+        return Triple(triple.sigma.amax().expand(1), triple.left * which[:, None, None], triple.right)
+
+    def _block(self, dtype: torch.dtype) -> Block:
+        real = dtype.to_real()
+        parts = [part.to(real) for part in (self.y, self.omega, self.scouts)]
+        wide = dtype.is_complex or bool(self.view.frequencies)
+        y, scouts = (torch.view_as_complex(part) if wide else part for part in (parts[0], parts[2]))
+        return Block(y, parts[1], scouts)
+
+    def _store(self, block: Block) -> None:
+        # As pairs of real numbers: casting a model to bfloat16 drops the imaginary part of a complex buffer.
+        y, scouts = (torch.view_as_real(part) if part.is_complex() else part for part in (block.y, block.scouts))
+        self.y, self.omega, self.scouts = y.contiguous(), block.omega, scouts.contiguous()
+
+    # ---------------------------------------------------------------- the deployed weight
+
+    def deployed(self, weight: Tensor, bound: Tensor | None = None) -> Tensor:
+        """Return the proved weight, computed when the raw weight is new. Treat it as read-only.
+
+        Raises:
+            WeightError: if the weight holds NaN or infinite values.
+        """
+        lipschitz = self.lipschitz if bound is None else float(bound.detach())
+        key = values.key(weight, self._epoch)
+        if self._stored is not None and self._stored[2] == lipschitz:
+            if not sharding.agreed(weight, self._verify or not values.same(self._stored[0], key)):
+                return self._stored[3]
+            same = self._stored[3].device == weight.device and values.fingerprint(weight) == self._stored[1]
+            if not sharding.agreed(weight, not same):
+                self._stored, self._verify = (key, *self._stored[1:]), False
+                return self._stored[3]
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
+            whole = deploy(self.view, sharding.gathered(weight), lipschitz, self.mode, self.label)
+            result = sharding.as_before(whole, weight)
+        self._stored, self._verify = (key, values.fingerprint(weight), lipschitz, result), False
+        return result
+
+    def train(self, mode: bool = True) -> "SpectralNormalization":
+        """Switch; the first evaluation after it compares every bit of the weight with what the proof was made for."""
+        self._verify = True
+        return super().train(mode)
+
+    def renew(self) -> None:
+        """Make the next use refresh the estimate and compare the deployed weight in full."""
+        self._epoch += 1
+        self._verify = True
+
+    # ---------------------------------------------------------------- state dicts
+
+    def get_extra_state(self) -> Tensor:
+        """K, the mode and the norm, as a tensor that every checkpoint format holds: JSON in bytes."""
+        text = json.dumps({"lipschitz": self.lipschitz, "mode": self.mode, "norm": self.norm})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Say so where a checkpoint was trained under another K, mode or norm; the layer keeps its own."""
+        there = json.loads(bytes(state.tolist()).decode()) if state.numel() else {}
+        here = {"lipschitz": self.lipschitz, "mode": self.mode, "norm": self.norm}
+        differing = [
+            f"{name} {there[name]!r} (here {here[name]!r})"
+            for name in here
+            if there.get(name, here[name]) != here[name]
+        ]
+        if differing:
+            warnings.warn(f"{self.label}: the checkpoint was normalised with {', '.join(differing)}", stacklevel=2)
+        self.renew()
+
+    def extra_repr(self) -> str:
+        """What is divided, and how."""
+        return f"lipschitz={self.lipschitz:g}, mode={self.mode}, norm={self.norm}, n_power_iterations={self.iterations}"

@@ -1,0 +1,60 @@
+"""The linear weights of a model, each with an estimate of its norm that warm-starts itself."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+from opnorm.errors import ArgumentError
+from opnorm.norms.casting import Mode
+from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
+from opnorm.parametrize.spectral import Iterations, SpectralNormalization
+
+Tracked = dict[str, tuple[nn.Module, str, SpectralNormalization]]
+
+
+def track(
+    model: nn.Module,
+    *,
+    lipschitz: float,
+    mode: Mode,
+    norm: Norm,
+    iterations: Iterations,
+    input_shapes: Mapping[str, Shape] | None,
+    skip: Iterable[str],
+) -> Tracked:
+    """Return every linear weight of a model by name, with a tracker that is not attached to it.
+
+    Raises:
+        ArgumentError: if there is none, or `input_shapes` names a module that is not there.
+    """
+    shapes, left_out = dict(input_shapes or {}), list(skip)
+    found: Tracked = {}
+    held: set[tuple[int, str]] = set()
+    for path, module in model.named_modules():
+        shape = shapes.pop(path, None)
+        if any(fnmatch(path, pattern) or fnmatch(path, f"{pattern}.*") for pattern in left_out):
+            continue
+        for owner, name in weights_of(module):
+            if (id(owner), name) in held:
+                continue
+            held.add((id(owner), name))
+            where = path if owner is module else f"{path}.out_proj".lstrip(".")
+            view = view_of(owner, name, norm, None, shape)
+            rule = SpectralNormalization(
+                view, lipschitz, mode, iterations, f"{where}.{name}", learn_scale=False, norm=norm
+            )
+            found[f"{where}.{name}".lstrip(".")] = (owner, name, rule)
+    if shapes:
+        raise ArgumentError(f"input_shapes names {sorted(shapes)}, which are no modules of the model")
+    if not found:
+        raise ArgumentError(f"this {type(model).__name__} has no linear layer that opnorm knows")
+    return found
+
+
+def current(module: nn.Module, name: str) -> Tensor:
+    """Return a weight as the layer uses it now, detached."""
+    with torch.no_grad():
+        value: Tensor = getattr(module, name)
+        return value.clone() if hasattr(module, "parametrizations") else value.detach()

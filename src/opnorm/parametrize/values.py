@@ -1,0 +1,90 @@
+"""When is a weight new? Keys and fingerprints of the values of a tensor."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opnorm.parametrize.sharding import local
+
+_SAMPLE = 64
+
+
+class Key(NamedTuple):
+    """What tells whether a weight is new."""
+
+    version: int
+    pointer: int
+    epoch: int
+    kind: tuple[object, ...]
+    sample: tuple[float, ...] | None
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the estimate is computed: at least single precision."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def sample(weight: Tensor) -> tuple[float, ...] | None:
+    """A few entries spread over a weight; None where reading them would make an accelerator wait.
+
+    It sees what the version counter does not: fused optimizers, writes through `.data`, sharded parameters.
+    """
+    if weight.device.type != "cpu":
+        return None
+    flat = weight.detach().reshape(-1)
+    step = flat.numel() // _SAMPLE + 1
+    picked = flat[:: step | 1]
+    return tuple((torch.view_as_real(picked.resolve_conj()) if picked.is_complex() else picked).flatten().tolist())
+
+
+def key(weight: Tensor, epoch: int) -> Key:
+    """What stays the same as long as nobody wrote to the weight."""
+    weight = local(weight)
+    version = -1 if weight.is_inference() else weight._version
+    return Key(version, weight.data_ptr(), epoch, (weight.dtype, weight.device), sample(weight))
+
+
+def same(old: Key, new: Key) -> bool:
+    """Whether nobody wrote to a weight: neither in place nor, as far as the sample tells, in any other way.
+
+    A weight that moved in memory with its values, as sharded parameters do before every forward, is the same.
+    """
+    if old.epoch != new.epoch or old.kind != new.kind or old.sample != new.sample:
+        return False
+    if old.pointer != new.pointer:
+        return old.sample is not None
+    return old.version == new.version
+
+
+def far(old: Key, new: Key) -> bool:
+    """Whether a new value is another weight rather than the next step of training: then the estimate starts afresh.
+
+    That is one that moved by more than half of its size, or one that was written but whose sample did not move at
+    all: the same weight loaded again, so that every process that loads it computes the same estimate.
+    """
+    if old.epoch != new.epoch and old.sample == new.sample:
+        return False
+    before, after = old.sample, new.sample
+    if before is None or after is None or len(before) != len(after):
+        return before is not after
+    size = sum(x * x for x in before)
+    moved = sum((x - y) ** 2 for x, y in zip(before, after, strict=True))
+    return not 0 < moved <= 0.25 * size
+
+
+def fingerprint(weight: Tensor) -> tuple[int, ...]:
+    """A checksum of every bit of a weight; rows and columns that change places change it.
+
+    Two passes over the weight, as integers, so that nothing is rounded away.
+    """
+    weight = local(weight)
+    real = torch.view_as_real(weight.detach().resolve_conj()) if weight.is_complex() else weight.detach()
+    size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
+    bits = real.contiguous().view(size).reshape(real.shape[0], -1)
+    sums = []
+    for axis in (0, 1):
+        total = bits.sum(axis, dtype=torch.int64)
+        odd = 2 * torch.arange(len(total), device=total.device) + 1
+        sums.append(int((total * odd * odd).sum()))
+    return tuple(sums)

@@ -1,0 +1,118 @@
+"""Several processes: DDP, FSDP2 and tensor parallel agree with one process, and the ranks with each other."""
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import opnorm
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+
+def plain(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def normalised(model):
+    for layer in (model[0], model[2]):
+        opnorm.spectral_norm(layer)
+    return model
+
+
+def train(model, parameters, steps=3):
+    optimizer = torch.optim.SGD(parameters, 0.3)
+    for _ in range(steps):
+        loss = (model(X) - model(-X)).square().mean() - model(X).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def compare(model, owner):
+    """Train as one process would, and compare the outputs in training and in evaluation."""
+    reference = normalised(plain())
+    train(reference, reference.parameters())
+    train(model, owner.parameters())
+    torch.testing.assert_close(whole(model(X)), reference(X))
+    scales = torch.cat([owner[i].parametrizations.weight[0]._triple.sigma for i in (0, 2)])
+    found = [torch.empty_like(scales) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, scales)
+    assert all(torch.equal(other, scales) for other in found)
+    owner.eval()
+    torch.testing.assert_close(whole(model(X)), reference.eval()(X))
+
+
+def ddp(broadcast_buffers):
+    model = normalised(plain(seed=dist.get_rank()))  # wrapping gives all the weights of the first
+    compare(nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast_buffers), model)
+
+
+def tensor_parallel():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = normalised(parallelize_module(plain(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}))
+    assert type(model[0].weight).__name__ == "DTensor"
+    compare(model, model)
+    with torch.no_grad():  # a change that only one process sees must not leave the others waiting
+        if dist.get_rank() == 0:
+            model[0].parametrizations.weight.original.to_local().mul_(2)
+    assert whole(model.train()(X)).isfinite().all()
+
+
+def normalise_then_shard():
+    model = normalised(plain())
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    fully_shard(model)
+    compare(model, model)
+
+
+def shard_then_normalise():
+    model = plain()
+    fully_shard(model)
+    compare(normalised(model), model)
+
+
+def run(rank, world, port):
+    warnings.filterwarnings("ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    for scenario, arguments in SCENARIOS:
+        try:
+            scenario(*arguments)
+        except Exception as error:
+            error.add_note(f"in {scenario.__name__}{arguments}")
+            raise
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+SCENARIOS = [
+    (ddp, (True,)),
+    (ddp, (False,)),
+    (tensor_parallel, ()),
+    (normalise_then_shard, ()),
+    (shard_then_normalise, ()),
+]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_equals_dense(world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run, (world, port), world)

@@ -1,0 +1,139 @@
+"""Shortcuts that look right and are false: each test fails where one of them is taken."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import opnorm
+from network.networks import Lambda
+from opnorm.certificate.network.check import chain_of
+from opnorm.certificate.network.proof import prove
+from opnorm.errors import CertificateError
+from opnorm.graph import export
+from opnorm.network import Ball, NormBall
+from opnorm.network.multipliers.afp import adjoint_fixed_point
+from opnorm.network.multipliers.fast import fast
+from opnorm.network.rules import program_of
+
+
+def fourier(model: nn.Module, *shape: int) -> float:
+    graph = export(model.eval(), torch.randn(2, *shape))
+    chain = chain_of(program_of(graph), graph.weights, "fourier")
+    with torch.no_grad():
+        best = adjoint_fixed_point(chain, fast(chain), 20)
+    return prove(chain, best.multipliers).upper
+
+
+def norm_of(model: nn.Module, *shape: int) -> float:
+    """Of a linear model, from its matrix."""
+    size = math.prod(shape)
+    with torch.no_grad():
+        matrix = copy.deepcopy(model).double()(torch.eye(size).double().reshape(size, *shape)).reshape(size, -1)
+    return float(torch.linalg.matrix_norm(matrix, 2))
+
+
+def conv(kernel: list[list[float]], **options: int) -> nn.Conv2d:
+    weight = torch.tensor(kernel)[None, None]
+    layer = nn.Conv2d(1, 1, tuple(weight.shape[2:]), bias=False, **options)
+    layer.weight.data.copy_(weight)
+    return layer
+
+
+def test_the_crop_between_two_convolutions() -> None:
+    # On a torus of 4 the two symbols cancel; with zero padding on 3 points the true norm is 1.
+    first = conv([[0, 0, 1], [0, 1, 0], [0, 0, 0]], padding=1)
+    second = conv([[1, 0, 0], [0, -1, 0], [0, 0, 0]], padding=1)
+    for a, b in ((first, second), (second, first)):
+        model = nn.Sequential(a, b)
+        assert fourier(model, 1, 3, 3) >= norm_of(model, 1, 3, 3) * (1 - 1e-12) > 0
+
+
+def test_a_strided_skip_meets_a_shifted_convolution() -> None:
+    # x[2p] + (delta * x)[2p]: the taps' offsets matter; without them the bound is sqrt 2 for a true 2.
+    delta = conv([[0, 0, 0], [0, 1, 0], [0, 0, 0]], padding=1, stride=2)
+    pick = conv([[1]], stride=2)
+    model = Lambda(lambda x, a, b: a(x) + b(x), delta, pick)
+    assert norm_of(model, 1, 4, 4) == pytest.approx(2.0)
+    assert fourier(model, 1, 4, 4) >= 2.0 * (1 - 1e-12)
+
+
+def test_global_average_is_not_the_zero_frequency() -> None:
+    # H = 2, a centre delta and a ReLU: true 1/2; P(0) / T^2 on T = 3 would give 1/3.
+    delta = conv([[0, 0, 0], [0, 1, 0], [0, 0, 0]], padding=1)
+    model = nn.Sequential(delta, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert fourier(model, 1, 2, 2) >= 0.5 * (1 - 1e-12)
+
+
+def test_circular_padding_does_not_bound_zero_padding() -> None:
+    kernel = conv([[0, 0, 0], [-1, 0, 1], [0, 0, 0]], padding=1)
+    assert norm_of(kernel, 1, 2, 2) == pytest.approx(1.0)
+    assert fourier(kernel, 1, 2, 2) >= 1.0 - 1e-12
+
+
+def test_leaky_relu_lets_what_lies_outside_the_image_through() -> None:
+    torch.manual_seed(3)
+    for slope in (1.0, 0.9, -1.0):
+        model = nn.Sequential(
+            nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.LeakyReLU(slope), nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        )
+        points = torch.randn(50, 1, 3, 3).double()
+        upper = fourier(model, 1, 3, 3)
+        for x in points:
+            jacobian = torch.autograd.functional.jacobian(lambda v: model.double()(v[None]).reshape(-1), x)
+            assert float(torch.linalg.matrix_norm(jacobian.reshape(9, 9), 2)) * (1 - 1e-12) <= upper
+
+
+def test_an_opaque_step_has_one_multiplier_only() -> None:
+    class Swap(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sort(1)[0]
+
+    graph = export(nn.Sequential(nn.Linear(2, 2), Swap(), nn.Linear(2, 1)), torch.randn(2, 2))
+    chain = chain_of(program_of(graph), graph.weights, "dense")
+    assert [stage.count for stage in chain.choices] == [1]
+    with pytest.raises(CertificateError, match="1 positive"):
+        prove(chain, [torch.tensor([10.0, 20.0], dtype=torch.float64)])
+
+
+def test_two_outputs_that_are_nearly_the_same_keep_a_positive_distance() -> None:
+    layer = nn.Linear(3, 2, bias=False).double()
+    layer.weight.data[1] = layer.weight.data[0]
+    layer.weight.data[1, 0] += 1e-8
+    bound = opnorm.lipschitz(layer, torch.randn(2, 3).double())
+    assert bound.pairwise is not None
+    assert float(bound.pairwise[0, 1]) >= 1e-8
+
+
+def test_activations_beside_relu_have_their_own_slopes() -> None:
+    for activation, slope in (
+        (nn.GELU(), 1.1289),
+        (nn.Hardswish(), 1.499),
+        (nn.SiLU(), 1.0998),
+        (nn.LeakyReLU(3.0), 2.999),
+    ):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False), activation)
+        model[0].weight.data.fill_(1.0)
+        assert opnorm.lipschitz(model, torch.randn(2, 1)).upper >= slope
+
+
+def test_attention_counts_the_bias_of_its_queries() -> None:
+    # X = (.1, -.1), weights 1, b_q = 10: a rule without the bias claims 1.438 for a map of constant 1.551.
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x + 10, x, x)
+
+    bound = opnorm.lipschitz(Attention(), torch.tensor([[[0.1], [-0.1]]]), region=NormBall(0.1 * 2**0.5))
+    assert 1.55 < bound.lower <= bound.upper < 10
+    assert math.isinf(opnorm.lipschitz(Attention(), torch.tensor([[[0.1], [-0.1]]])).upper)
+
+
+def test_a_region_is_where_the_bound_holds() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
+    model[0].weight.data.fill_(1.0)
+    off = opnorm.lipschitz(model, torch.randn(2, 1), region=Ball(torch.tensor([-1.0]), 0.5))
+    across = opnorm.lipschitz(model, torch.randn(2, 1), region=Ball(torch.tensor([-1.0]), 1.5))
+    assert off.upper < 1e-6
+    assert across.upper >= 1.0

@@ -1,0 +1,132 @@
+"""The deployed layer's true norm is at most K, at every step of training and in every dtype."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import opnorm
+from parametrize.oracle import layer_norm, matrix_norm
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 16), (24,)),
+    "conv1d": (lambda: nn.Conv1d(3, 5, 5, dilation=2, padding=4), (3, 14)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 7, 7)),
+    "conv2d stride": (lambda: nn.Conv2d(3, 8, 4, 2, 1), (3, 8, 8)),
+    "conv2d circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 6, 6)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (6, 6, 6)),
+    "grouped transposed": (lambda: nn.ConvTranspose2d(6, 4, 4, 2, 1, groups=2), (6, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 3, padding=1), (2, 4, 4, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=1), (4, 4, 4)),
+    "1x1": (lambda: nn.Conv2d(5, 4, 1), (5, 4, 4)),
+}
+SIZED = {
+    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 6, 6)),
+    "replicate": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate"), (2, 6, 6)),
+    "small zeros": (lambda: nn.Conv2d(3, 3, 7, padding=3), (3, 5, 5)),
+}
+
+
+def train(layer, in_shape, steps, lr):
+    optimizer = torch.optim.Adam(layer.parameters(), lr)
+    for _ in range(steps):
+        loss = (layer(torch.randn(4, *in_shape)) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("case", [*LAYERS, *SIZED])
+def test_deployed_norm_is_at_most_k_while_training(case, lr):
+    make, in_shape = {**LAYERS, **SIZED}[case]
+    torch.manual_seed(0)
+    plain = make()
+    layer = opnorm.spectral_norm(copy.deepcopy(plain), lipschitz=1.5, input_shape=in_shape if case in SIZED else None)
+    done = 0
+    for step in (0, 1, 10, 100):
+        train(layer.train(), in_shape, step - done, lr)
+        done = step
+        found = layer_norm(plain, layer.eval().weight, in_shape)
+        assert (1.45 if case in SIZED else 0.9) < found <= 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("case", ["linear", "conv2d"])
+def test_the_stored_weight_is_within_k_in_its_own_dtype(case, dtype):
+    make, in_shape = LAYERS[case]
+    torch.manual_seed(1)
+    plain = make().to(dtype)
+    layer = opnorm.spectral_norm(copy.deepcopy(plain)).eval()
+    assert layer.weight.dtype == dtype
+    assert 0.9 < layer_norm(plain.double(), layer.weight, in_shape) <= 1.0
+
+
+def test_casting_a_normalised_model_keeps_the_bound():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(32, 32)).bfloat16()
+    layer(torch.randn(2, 32, dtype=torch.bfloat16)).sum().backward()
+    assert matrix_norm(layer.eval().weight) <= 1.0
+
+
+def test_complex_weights():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(12, 9, dtype=torch.complex64))
+    assert matrix_norm(layer.weight) == pytest.approx(1.0, abs=1e-4)
+    layer(torch.randn(3, 12, dtype=torch.complex64)).abs().sum().backward()
+    assert 1 - 1e-5 < matrix_norm(layer.eval().weight) <= 1.0
+
+
+@pytest.mark.parametrize("mode", ["divide", "clip"])
+@pytest.mark.parametrize("factor", [0.0, 1e-40, 1e-20, 1.0, 1e30])
+def test_extreme_weights(mode, factor):
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(8, 8), mode=mode)
+    raw = layer.parametrizations.weight.original
+    with torch.no_grad():
+        raw.mul_(factor)
+    x = torch.randn(3, 8)
+    layer(x).sum().backward()
+    assert layer(x).isfinite().all()
+    # The gradient is of the order of 1 / |W|: at 1e-40 it is no float32.
+    assert factor == 1e-40 or raw.grad.isfinite().all()
+    small = matrix_norm(raw) <= 1.0
+    expected = matrix_norm(raw) if small and mode == "clip" else float(factor > 0)
+    trained, deployed = matrix_norm(layer.weight), matrix_norm(layer.eval().weight)
+    assert trained == pytest.approx(expected, rel=1e-3, abs=1e-44)
+    assert deployed <= 1.0 and deployed == pytest.approx(expected, rel=1e-4, abs=1e-44)
+
+
+def test_broken_weights_are_named_and_leave_no_damage():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(8, 8))
+    raw = layer.parametrizations.weight.original
+    good = raw.detach().clone()
+    before = layer.eval().weight.clone()
+    for bad in (float("nan"), float("inf")):
+        with torch.no_grad():
+            raw[0, 0] = bad
+        layer.train()(torch.randn(2, 8)).sum().backward()
+        with pytest.raises(opnorm.errors.WeightError, match=r"Linear\.weight.*NaN"):
+            layer.eval()(torch.randn(2, 8))
+        with torch.no_grad():
+            raw.copy_(good)
+        assert matrix_norm(layer.train().weight) == pytest.approx(1.0, rel=1e-4)
+        assert torch.equal(layer.eval().weight.clone(), before)
+
+
+def test_learned_scale_is_within_k():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(8, 8), lipschitz=3.0, learn_scale=True)
+    scales = []
+    for sign in (1, -1):
+        optimizer = torch.optim.Adam(layer.parameters(), 0.1)
+        for _ in range(60):
+            loss = sign * layer.weight.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scales.append(matrix_norm(layer.eval().weight))
+        layer.train()
+    assert scales[0] < 1.0 < 2.9 < scales[1] <= 3.0

@@ -1,0 +1,188 @@
+"""The training estimate: of the true operator, converged at registration, close while training, with its gradient."""
+
+import copy
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import opnorm
+from parametrize.oracle import layer_norm, matrix_norm
+
+
+def symbol_norm(weight, stride, dilation, groups, count):
+    """The largest singular value over a grid of frequencies: stride-many aliases side by side, by NumPy and SciPy."""
+    kernel = weight.detach().double().numpy()
+    dims = kernel.ndim - 2
+    best = 0.0
+    for block in np.split(kernel, groups):
+        for index in np.ndindex(*[count] * dims):
+            omega = [2 * np.pi * i / count for i in index]
+            aliases = []
+            for shift in np.ndindex(*stride):
+                phase = np.ones(kernel.shape[2:], complex)
+                for axis in range(dims):
+                    w = omega[axis] + 2 * np.pi * shift[axis] / stride[axis]
+                    steps = np.exp(1j * w * dilation[axis] * np.arange(kernel.shape[2 + axis]))
+                    phase = phase * steps.reshape([-1 if a == axis else 1 for a in range(dims)])
+                aliases.append((block * phase).reshape(*block.shape[:2], -1).sum(-1))
+            stacked = np.concatenate(aliases, 1) / np.sqrt(len(aliases))
+            best = max(best, scipy.linalg.svdvals(stacked)[0])
+    return best
+
+
+CONVS = [
+    lambda: nn.Conv1d(8, 16, 5, dilation=2),
+    lambda: nn.Conv2d(12, 10, 3, padding=1),
+    lambda: nn.Conv2d(8, 12, 4, 2, 1),
+    lambda: nn.Conv2d(3, 8, 7, padding=3),
+    lambda: nn.Conv2d(8, 8, 3, groups=4),
+    lambda: nn.Conv2d(4, 6, 3, stride=3),
+    lambda: nn.Conv3d(2, 3, 3),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CONVS)))
+def test_registration_finds_the_supremum_over_frequencies(number):
+    torch.manual_seed(number)
+    layer = CONVS[number]()
+    truth = symbol_norm(layer.weight, layer.stride, layer.dilation, layer.groups, 12 if number == 6 else 36)
+    opnorm.spectral_norm(layer)
+    estimate = float(layer.parametrizations.weight[0].triple(layer.parametrizations.weight.original).sigma)
+    # The grid is a lower end of the supremum; between its points there is a little more.
+    assert truth * (1 - 1e-4) <= estimate <= truth * 1.02
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 20), columns=st.integers(1, 20), rank=st.integers(1, 5), seed=st.integers(0, 10**6))
+def test_registration_converges_for_matrices(rows, columns, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(columns, rows)
+    with torch.no_grad():
+        layer.weight.copy_(
+            torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+        )
+    opnorm.spectral_norm(layer)
+    assert matrix_norm(layer.weight) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+def test_with_an_input_size_it_estimates_the_map_at_that_size(padding_mode):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 4, 3, padding=1, padding_mode=padding_mode)
+    layer = opnorm.spectral_norm(copy.deepcopy(plain), input_shape=(3, 6, 6))
+    assert layer_norm(plain, layer.weight, (3, 6, 6)) == pytest.approx(1.0, rel=2e-3)
+
+
+GRADIENTS = {
+    "linear": (lambda: nn.Linear(6, 5), (6,), {}),
+    "conv": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 5, 5), {}),
+    "strided": (lambda: nn.Conv2d(2, 4, 4, 2, 1), (2, 6, 6), {}),
+    "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), (4, 5, 5), {}),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 2, 4, 2, 1), (3, 4, 4), {}),
+    "at a size": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4), {"input_shape": (2, 4, 4)}),
+    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 4, 4), {"input_shape": (2, 4, 4)}),
+    "reshaped": (lambda: nn.ConvTranspose2d(3, 2, 3), (3, 4, 4), {"norm": "reshaped"}),
+    "clip": (lambda: nn.Linear(6, 5), (6,), {"mode": "clip", "lipschitz": 0.3}),
+    "clip inactive": (lambda: nn.Linear(6, 5), (6,), {"mode": "clip", "lipschitz": 30.0}),
+}
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradient_is_that_of_dividing_by_the_true_norm(case):
+    """Finite differences of the whole map, the norm found afresh at every point."""
+    make, in_shape, options = GRADIENTS[case]
+    torch.manual_seed(1)
+    layer = opnorm.spectral_norm(make().double(), n_power_iterations=30, **options)
+    raw = layer.parametrizations.weight.original
+    x, probe = torch.randn(3, *in_shape, dtype=torch.double), torch.randn_like(raw)
+    target = torch.randn_like(layer(x))
+
+    def loss():
+        for _ in range(10):
+            opnorm.update(layer)
+        return (layer(x) * target).sum()
+
+    loss().backward()
+    step = 1e-5
+    with torch.no_grad():
+        raw.add_(step * probe)
+        above = loss()
+        raw.sub_(2 * step * probe)
+        below = loss()
+    slope = float((raw.grad * probe).sum())
+    assert float((above - below) / (2 * step)) == pytest.approx(slope, rel=2e-4, abs=1e-6)
+
+
+def test_gradients_of_gradients():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        opnorm.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Tanh(), nn.Flatten(), opnorm.spectral_norm(nn.Linear(16, 1))
+    )
+    net.double()
+    opnorm.update(net)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True)
+
+    def penalty():
+        return torch.autograd.grad(net(x).sum(), x, create_graph=True)[0].square().sum()
+
+    penalty().backward()
+    for layer in (net[0], net[3]):
+        raw = layer.parametrizations.weight.original
+        rule = layer.parametrizations.weight[0]
+        triple = rule.triple(raw)
+        probe, step = torch.randn_like(raw), 1e-6
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                raw.add_(sign * step * probe)
+            # The direction is held, as in every implementation; sigma moves with the weight.
+            gain = triple.left * (rule.view.matrices(raw.detach()) @ triple.right)
+            rule._triple, rule._key = triple._replace(sigma=gain.sum((1, 2))), _key(rule, raw)
+            values.append(float(penalty().detach()))
+            with torch.no_grad():
+                raw.sub_(sign * step * probe)
+        rule._triple, rule._key = triple, _key(rule, raw)
+        slope = float((raw.grad * probe).sum())
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+def _key(rule, raw):
+    from opnorm.parametrize import values
+
+    return values.key(raw, rule._epoch)
+
+
+def discriminator(wrap):
+    torch.manual_seed(0)
+    layers = []
+    for c_in, c_out in ((3, 16), (16, 32), (32, 64)):
+        layers += [wrap(nn.Conv2d(c_in, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, wrap(nn.Conv2d(64, 1, 4)))
+
+
+@pytest.mark.parametrize(("iterations", "after_ten", "after_hundred"), [(1, 0.05, 0.01), ("adaptive", 0.015, 0.01)])
+def test_training_and_evaluation_agree(iterations, after_ten, after_hundred):
+    """DCGAN-style discriminator, Adam 2e-4. The proof of a size-free norm itself leaves up to half a percent."""
+    net = discriminator(lambda layer: opnorm.spectral_norm(layer, n_power_iterations=iterations))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999))
+    real, fake = torch.randn(16, 3, 32, 32) + 0.5, torch.randn(16, 3, 32, 32)
+    gaps = {}
+    for step in range(1, 101):
+        loss = torch.relu(1 - net(real)).mean() + torch.relu(1 + net(fake)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in {10, 100}:
+            trained = [layer.weight.detach().clone() for layer in net[::2]]
+            net.eval()
+            ratios = [
+                float(a.norm() / layer.weight.detach().norm()) for a, layer in zip(trained, net[::2], strict=True)
+            ]
+            gaps[step] = max(abs(ratio - 1) for ratio in ratios)
+            net.train()
+    assert gaps[10] < after_ten and gaps[100] < after_hundred

@@ -1,0 +1,109 @@
+"""Checkpoints and live models of torch's two functions, of plain models and of opnorm."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import opnorm
+from parametrize.oracle import matrix_norm
+
+hook, param = nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm
+
+
+def network(wrap):
+    torch.manual_seed(0)
+    return nn.Sequential(wrap(nn.Conv2d(3, 4, 3, padding=1)), nn.Flatten(), wrap(nn.Linear(4 * 16, 5)))
+
+
+def trained(wrap):
+    """With u and v converged, so that torch divides by the norm of the reshaped kernel to rounding."""
+    model = network(wrap)
+    for _ in range(400):
+        model(torch.randn(2, 3, 4, 4))
+    return model.eval()
+
+
+X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+REPRODUCED = pytest.mark.parametrize("wrap", [hook, param], ids=["hook", "param"])
+
+
+@REPRODUCED
+def test_checkpoints_of_papers_give_the_same_outputs(wrap):
+    theirs = trained(wrap)
+    ours = network(lambda layer: opnorm.spectral_norm(layer, norm="reshaped"))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    assert ours.load_state_dict(theirs.state_dict()).missing_keys == []
+    torch.testing.assert_close(ours.eval()(X), theirs(X), rtol=1e-5, atol=1e-6)
+
+
+@REPRODUCED
+def test_live_models_are_converted(wrap):
+    theirs = trained(wrap)
+    expected = theirs(X).detach()
+    twin = copy.deepcopy(theirs) if wrap is param else None
+    raws = {id(p) for p in theirs.parameters()}
+    ours = opnorm.convert(theirs)
+    assert {id(p) for p in ours.parameters()} == raws  # an optimizer keeps them
+    torch.testing.assert_close(ours(X), expected, rtol=1e-5, atol=1e-6)
+    if twin is not None:  # a deep copy shares its class with the original
+        torch.testing.assert_close(twin(X), expected)
+    assert not any("_u" in key for key in ours.state_dict())
+
+
+def test_conversion_to_the_true_operator_on_request():
+    model = opnorm.convert(trained(param), norm="operator")
+    assert opnorm.norm(opnorm.fold(model)[0]).upper <= 1.001 and opnorm.norm(model[0]).lower > 0.99
+
+
+def test_conversion_that_matches_nothing_is_an_error():
+    with pytest.raises(opnorm.errors.ArgumentError, match="nothing in this Sequential"):
+        opnorm.convert(network(lambda layer: layer))
+
+
+def test_plain_and_own_checkpoints():
+    plain = network(lambda layer: layer)
+    ours = network(opnorm.spectral_norm)
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    again = network(opnorm.spectral_norm)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(again.eval()(X), ours.eval()(X))
+    ours.load_state_dict(plain.state_dict())
+    folded = opnorm.fold(ours)
+    plain.load_state_dict(folded.state_dict())
+    assert torch.equal(plain(X), ours(X))
+    assert list(folded.state_dict()) == list(network(lambda layer: layer).state_dict())
+
+
+def test_learned_scales_are_saved_and_filled_in():
+    ours = opnorm.spectral_norm(nn.Linear(3, 3), learn_scale=True)
+    ours.load_state_dict(nn.Linear(3, 3).state_dict())
+    state = ours.state_dict()
+    state["parametrizations.weight.0.scale"].fill_(0.0)
+    ours.load_state_dict(state)
+    assert matrix_norm(ours.eval().weight) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"lipschitz": 2.0}, {"mode": "clip"}, {"norm": "reshaped"}])
+def test_a_checkpoint_of_another_k_says_so(options):
+    state = opnorm.spectral_norm(nn.Linear(3, 3)).state_dict()
+    with pytest.warns(UserWarning, match=next(iter(options))):
+        opnorm.spectral_norm(nn.Linear(3, 3), **options).load_state_dict(state)
+
+
+def test_missing_weights_are_still_missing():
+    with pytest.raises(RuntimeError, match="original"):
+        opnorm.spectral_norm(nn.Linear(3, 3)).load_state_dict({"bias": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("wrap", [hook, param, opnorm.spectral_norm], ids=["hook", "param", "opnorm"])
+def test_normalising_twice_is_refused_with_the_way_out(wrap):
+    layer = wrap(nn.Linear(3, 3))
+    with pytest.raises(opnorm.errors.ArgumentError, match=r"convert|remove_spectral_norm"):
+        opnorm.spectral_norm(layer)
