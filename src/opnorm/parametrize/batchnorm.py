@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from opnorm.errors import ArgumentError
-from opnorm.parametrize.coverage import BATCH_NORMS
+from opnorm.parametrize.covered import BATCH_NORMS
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED
 from opnorm.parametrize.flow import run_once
 

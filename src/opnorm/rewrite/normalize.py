@@ -84,6 +84,7 @@ def normalize_checkpoint(
     """
     if mode not in ("divide", "clip"):
         raise ArgumentError(f"mode is 'divide' or 'clip', got {mode!r}")
+    lipschitz = float(lipschitz)  # the certificate's hash tells 2 from 2.0
     if not 0.0 < lipschitz < math.inf:
         raise ArgumentError(f"lipschitz must be a positive finite number, got {lipschitz!r}")
     given = parse_roles(roles)

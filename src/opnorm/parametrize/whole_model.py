@@ -12,7 +12,7 @@ from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.batchnorm import fold_batch_norms
 from opnorm.parametrize.chains import rule_of
-from opnorm.parametrize.coverage import undoing
+from opnorm.parametrize.covered import undoing
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, weights_of
 from opnorm.parametrize.flow import run_once, sequence
 from opnorm.parametrize.register import spectral_norm
