@@ -34,7 +34,7 @@ def lanczos(
         start: shape (n,), not zero; its dtype and device are those of the computation.
         steps: the largest dimension of the Krylov space.
         tolerance: stop when the estimated relative error of the Ritz value is below it.
-        check_every: how often the small eigenproblem is solved.
+        check_every: steps before the small eigenproblem is solved first, and at least between two times.
         passes: of the orthogonalisation. Twice is enough (Kahan) for a basis that is orthogonal to rounding, on which
             a stated probability rests; once does where the result is proved afterwards.
     """
@@ -44,6 +44,7 @@ def lanczos(
     alphas: list[float] = []
     betas: list[float] = []
     vector = start / torch.linalg.vector_norm(start)
+    check = check_every
     for k in range(steps):
         basis[k] = vector
         image = matvec(vector)
@@ -52,7 +53,9 @@ def lanczos(
             image = image - basis[: k + 1].mT @ (basis[: k + 1].conj() @ image)
         beta = float(torch.linalg.vector_norm(image))
         last = k + 1 == steps or beta <= 1e-30 * max(map(abs, alphas))
-        if last or (k + 1) % check_every == 0:
+        if last or k + 1 >= check:
+            # Later checks come less often: they cost more, and a step too many costs less beside those before.
+            check = max(check + check_every, check * 4 // 3)
             value, coefficients, error = _top_of_tridiagonal(alphas, betas, beta, tolerance)
             if last or error <= tolerance * value:
                 break
