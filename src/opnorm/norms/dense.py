@@ -76,7 +76,7 @@ def top_vector(gram: Tensor, rtol: float) -> Tensor:
     narrow = n >= _SINGLE and rtol >= 1e-8
     searched = gram.to(torch.complex64 if gram.is_complex() else torch.float32) if narrow else gram
     noise = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(searched)
-    start = searched[:, int(gram.diagonal().abs().argmax())] + searched.mean(1)
+    start = searched[:, int(gram.diagonal().abs().argmax())]
     start = start / torch.linalg.vector_norm(start) + noise / torch.linalg.vector_norm(noise)
     # The eigenvalue's relative error is twice the norm's; half of the target leaves room for the shift.
     return lanczos(lambda v: searched @ v, start, steps=_STEPS, tolerance=0.5 * rtol, passes=1).vector.to(gram)

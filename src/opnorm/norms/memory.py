@@ -19,7 +19,7 @@ def available_bytes() -> int:
     return free
 
 
-def require_memory(needed: int, what: str, way_out: str = 'guarantee="probable" needs only vectors') -> None:
+def require_memory(needed: float, what: str, way_out: str = 'guarantee="probable" needs only vectors') -> None:
     """Refuse what does not fit.
 
     Raises:

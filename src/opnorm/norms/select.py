@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 from opnorm._enclosure import Guarantee
-from opnorm.errors import ArgumentError, InputShapeError, TooLargeError
+from opnorm.errors import ArgumentError, InputShapeError
 from opnorm.norms.banded import banded_cost, banded_fits
 from opnorm.norms.fourier import size_free_flops, torus_flops
-from opnorm.norms.memory import available_bytes
+from opnorm.norms.memory import require_memory
 from opnorm.norms.probable import steps_needed
 from opnorm.norms.structured import STRUCTURED
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
@@ -87,11 +87,7 @@ def select(
     if isinstance(operator, Conv | ConvTranspose):
         return _for_convolution(operator, rtol)
     plan = _plan(operator, "dense", "one factorisation proves it", rtol)
-    if plan.bytes > available_bytes():
-        raise TooLargeError(
-            f"a proof takes about {plan.bytes / 2**30:.1f} GiB and {available_bytes() / 2**30:.1f} GiB are free; "
-            'guarantee="probable" needs only vectors'
-        )
+    require_memory(plan.bytes, "a proof")
     return plan
 
 
