@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from opnorm import _rounding as rounding
-from opnorm.operators import Dense, LinearOperator
+from opnorm.operators import LinearOperator
 
 _FAINT = 2.0**-400
 """An image below it may owe what it is to underflow, in the products or in their squares."""
@@ -39,12 +39,6 @@ def gain_below(image: Tensor, majorant: Tensor, constant: float, x: Tensor) -> f
         return 0.0
     gain = rounding.down(norm_below(image) - rounding.mul_up(constant, norm_above(majorant)))
     return rounding.div_down(gain, norm_above(x)) if gain > 0 else 0.0
-
-
-def attained_by_matrix(matrix: Tensor, x: Tensor) -> float:
-    """Return `attained` for a matrix, or for its adjoint where `x` is a left vector."""
-    operator = Dense(matrix) if x.shape[0] == matrix.shape[1] else Dense(matrix.mH)
-    return attained(operator, x)
 
 
 def norm_above(x: Tensor) -> float:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.posdef import eigenvalue_floor, squared_frobenius_above
-from opnorm.norms.attained import attained_by_matrix
+from opnorm.norms.attained import attained
 from opnorm.norms.lanczos import batched_top
 from opnorm.norms.symbol import Grid
+from opnorm.operators import Dense
 
 _CHUNK_BYTES = 2**26
 """Blocks and their Gram matrices that stay in the processor's cache are proved half as fast again."""
@@ -196,4 +197,4 @@ def _attained_at(grid: Grid, frequency: int, group: int) -> tuple[float, Tensor]
         vector = block.mH @ vector
         norm = torch.linalg.vector_norm(vector)
         vector = vector / norm if norm > 0 else torch.ones_like(vector)
-    return attained_by_matrix(block, vector), vector
+    return attained(Dense(block), vector), vector

@@ -10,7 +10,7 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm._enclosure import Enclosure
 from opnorm.norms.attained import attained
-from opnorm.norms.lanczos import lanczos
+from opnorm.norms.lanczos import RitzPair, lanczos
 from opnorm.norms.materialised import majorant_norm
 from opnorm.norms.memory import require_memory
 from opnorm.operators import LinearOperator
@@ -37,7 +37,6 @@ def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability:
     Raises:
         TooLargeError: if the Krylov basis does not fit into memory.
     """
-    wide = operator.in_size <= operator.out_size
     n = min(operator.in_size, operator.out_size)
     factor = 2 if operator.dtype.is_complex else 1
     steps = steps_needed(factor * n, rtol, failure_probability)
@@ -49,13 +48,7 @@ def probable_norm(operator: LinearOperator, *, rtol: float, failure_probability:
     spread = majorant_norm(operator)
     if spread <= _FAINT:
         return Enclosure(0.0, spread, "proved", "entries" if spread else "zero", rtol)
-    generator = torch.Generator().manual_seed(secrets.randbits(62))
-    kind = torch.complex128 if operator.dtype.is_complex else torch.float64
-    start = torch.randn(n, generator=generator, dtype=kind).to(operator.device)
-    with torch.no_grad():
-        found = lanczos(_gram(operator, wide), start, steps=steps, tolerance=0.0, check_every=steps)
-        vector = found.vector if wide else operator.adjoint(found.vector.reshape(1, *operator.out_shape)).flatten()
-    lower = attained(operator, (vector / torch.linalg.vector_norm(vector)).reshape(operator.in_shape))
+    found, lower = _searched(operator, secrets.randbits(62), steps=steps, tolerance=0.0, check_every=steps)
     # Where the space is exhausted earlier, every later Krylov space is the same, so `steps` counts all the same.
     eps = epsilon(factor * n, steps, failure_probability)
     summed = operator.terms + operator.out_size + 16
@@ -73,15 +66,8 @@ def estimated_norm(operator: LinearOperator, *, rtol: float) -> Enclosure:
         operator: with its weights scaled to the order of one.
         rtol: when to stop.
     """
-    wide = operator.in_size <= operator.out_size
     n = min(operator.in_size, operator.out_size)
-    kind = torch.complex128 if operator.dtype.is_complex else torch.float64
-    start = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=kind).to(operator.device)
-    with torch.no_grad():
-        found = lanczos(_gram(operator, wide), start, steps=_ESTIMATE_STEPS, tolerance=rtol)
-        vector = found.vector if wide else operator.adjoint(found.vector.reshape(1, *operator.out_shape)).flatten()
-        size = torch.linalg.vector_norm(vector)
-    lower = attained(operator, (vector / size).reshape(operator.in_shape)) if size > 0 else 0.0
+    found, lower = _searched(operator, n, steps=_ESTIMATE_STEPS, tolerance=rtol)
     guess = math.sqrt(max(0.0, found.value + found.error)) * (1 + 1e-12)
     return Enclosure(lower, max(lower, guess), "estimate", "lanczos", rtol)
 
@@ -96,6 +82,21 @@ def epsilon(n: int, steps: int, failure_probability: float) -> float:
     """Return the relative distance of the eigenvalue above the Ritz value, rounded up, after so many steps."""
     exponent = math.log(1.596 * math.sqrt(n) / failure_probability) * (1 + 1e-12) / (2 * steps - 1)
     return exponent * exponent * (1 + 1e-12)
+
+
+def _searched(
+    operator: LinearOperator, seed: int, *, steps: int, tolerance: float, check_every: int = 6
+) -> tuple[RitzPair, float]:
+    """The top Ritz pair from a normally distributed start, on the smaller side, and what its vector attains."""
+    wide = operator.in_size <= operator.out_size
+    kind = torch.complex128 if operator.dtype.is_complex else torch.float64
+    n = min(operator.in_size, operator.out_size)
+    start = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=kind).to(operator.device)
+    with torch.no_grad():
+        found = lanczos(_gram(operator, wide), start, steps=steps, tolerance=tolerance, check_every=check_every)
+        vector = found.vector if wide else operator.adjoint(found.vector.reshape(1, *operator.out_shape)).flatten()
+        size = torch.linalg.vector_norm(vector)
+    return found, attained(operator, (vector / size).reshape(operator.in_shape)) if size > 0 else 0.0
 
 
 def _gram(operator: LinearOperator, wide: bool) -> Callable[[Tensor], Tensor]:
