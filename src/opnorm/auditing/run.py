@@ -19,6 +19,7 @@ from opnorm.auditing.roles import MATRIX, Unread, parse_roles, read
 from opnorm.auditing.rules import Rule, check, parse
 from opnorm.checkpoint import Checkpoint, Entry, Left, open_checkpoint, open_state
 from opnorm.errors import ArgumentError, ArithmeticModeError, OpnormError
+from opnorm.norms.memory import keep_freed_memory
 
 Progress = Callable[[int, int, str], None]
 """Called with the elements done, all elements, and the name of the tensor that comes next."""
@@ -102,6 +103,7 @@ def _report(
     checkpoint: Checkpoint, source: str, policy: Policy, geometry: Geometry, progress: Progress | None
 ) -> Report:
     start = time.perf_counter()
+    keep_freed_memory()
     total = checkpoint.elements
     rows, skipped, done = [], [_left(part, total) for part in checkpoint.left], 0
     shapes = {entry.name: entry.shape for entry in checkpoint.entries}

@@ -1,6 +1,7 @@
 """Gram matrices with an a-priori bound of their rounding errors."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,7 @@ def gram_of_columns(matrix: Tall) -> Gram:
     the squared Frobenius norm of A, which is the trace, bounds that of |A|.
     """
     m, n = matrix.shape
-    total: Tensor | None = None
-    for block in matrix.blocks():
-        product = _product(block)
-        total = product if total is None else total.add_(product)
-    assert total is not None  # a matrix without rows has no norm to prove
+    total = _sum_of_products(matrix)
     diagonal = total.diagonal().real if total.is_complex() else total.diagonal()
     lost = rounding.mul_up(4.0 * n * m, rounding.TINY)
     energy = rounding.add_up(rounding.mul_up(float(diagonal.sum()), 1 + 2 * rounding.gamma(2 * m + n + 8)), lost)
@@ -59,23 +56,33 @@ def attained_square(gram: Gram, x: Tensor) -> float:
     return max(0.0, rounding.down(rounding.div_down(value, square) - gram.error)) if value > 0 else 0.0
 
 
-def _product(block: Tensor) -> Tensor:
-    """`B^H B`, one triangle computed and mirrored.
+def _sum_of_products(matrix: Tall) -> Tensor:
+    """The sum of `B^H B` over the blocks B of rows, one triangle computed and mirrored.
 
     Large products on the CPU go to the symmetric product that NumPy calls for a matrix and its own transpose. Small
     ones stay with torch: two libraries that take turns keep each other's threads waiting.
     """
-    n = block.shape[1]
-    if n >= _LARGE and block.device.type == "cpu" and not block.is_complex():
-        array = block.numpy()
-        return torch.from_numpy(array.T @ array)
-    total = block.new_empty(n, n)
-    step = -(-n // _STRIPS)
-    for first in range(0, n, step):
-        strip, end = block[:, first : first + step], min(first + step, n)
-        total[first:end, :end] = strip.mH @ block[:, :end]
+    n = matrix.shape[1]
+    total: Tensor | None = None
+    for block in matrix.blocks():
+        if n >= _LARGE and block.device.type == "cpu" and not block.is_complex():
+            array = block.numpy()
+            product = torch.from_numpy(array.T @ array)
+            total = product if total is None else total.add_(product)
+        else:
+            total = block.new_zeros(n, n) if total is None else total
+            for first, end in _strips(n):
+                total[first:end, :end].addmm_(block[:, first:end].mH, block[:, :end])
+    assert total is not None  # a matrix without rows has no norm to prove
+    for first, end in _strips(n):
         total[:first, first:end] = total[first:end, :first].mH
     return total
+
+
+def _strips(n: int) -> Iterator[tuple[int, int]]:
+    step = -(-n // _STRIPS)
+    for first in range(0, n, step):
+        yield first, min(first + step, n)
 
 
 def cheap_bound(matrix: Tensor) -> float:

@@ -3,7 +3,12 @@
 import os
 from pathlib import Path
 
+import torch
+
 from opnorm.errors import TooLargeError
+
+_MAPPED = (32 << 20) - 8192
+"""The largest block, less its header, whose size glibc takes as the new measure."""
 
 
 def available_bytes() -> int:
@@ -32,3 +37,12 @@ def require_memory(needed: float, what: str, way_out: str = 'guarantee="probable
         raise TooLargeError(
             f"{what} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; {way_out}"
         )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next tensor instead of handing every page back.
+
+    glibc keeps as much as twice the largest block that was mapped and freed, up to 32 MiB. One block of that size, never
+    touched, spares a loop over many tensors a page fault for every 4 KiB that it uses: a quarter of a small audit.
+    """
+    torch.empty(_MAPPED, dtype=torch.uint8)
