@@ -42,7 +42,7 @@ def require_memory(needed: float, what: str, way_out: str = 'guarantee="probable
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next tensor instead of handing every page back.
 
-    glibc keeps as much as twice the largest block that was mapped and freed, up to 32 MiB. One block of that size, never
-    touched, spares a loop over many tensors a page fault for every 4 KiB that it uses: a quarter of a small audit.
+    glibc keeps as much as twice the largest block that was mapped and freed, up to 32 MiB. One block of that size,
+    never touched, spares a loop over many tensors a page fault for every 4 KiB: a quarter of a small audit.
     """
     torch.empty(_MAPPED, dtype=torch.uint8)
