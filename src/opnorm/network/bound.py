@@ -15,6 +15,7 @@ from opnorm.certificate.network.proof import Proof, prove
 from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
+from opnorm.network.folded import folded, is_parametrized
 from opnorm.network.local import Sharpen, localise
 from opnorm.network.lower import Function, Pair, attained
 from opnorm.network.naive import Naive, naive
@@ -26,6 +27,10 @@ from opnorm.network.table import table_of
 _DEFAULT_SECONDS = 30.0
 _DENSE_FIRST = 1100
 _SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
+_FOLDED = (
+    "bounded as it is deployed: parametrized weights (spectral normalisation, say) with their values in evaluation "
+    "mode, in the certificate under their plain names"
+)
 _METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
 
 
@@ -108,7 +113,7 @@ def lipschitz(
     """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
 
     Args:
-        model: in evaluation mode; its weights as they are deployed.
+        model: in evaluation mode; its weights as they are deployed. A parametrized model is bounded as its folded copy.
         example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
             its samples. Integer inputs are not varied.
         method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
@@ -140,12 +145,12 @@ def lipschitz(
         raise ArgumentError(f"method={method!r}: it is one of {', '.join(_METHODS)}")
     if guarantee not in ("proved", "estimate"):
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
-    graph = export(model, example_input)
+    graph = export(folded(model), example_input)
     program = program_of(graph)
     where = None if region is None else _placed(program, region)
     pair = _lower(graph, example_input, where)
     seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
-    remarks: list[str] = []
+    remarks = [_FOLDED] if is_parametrized(model) else []
     target = pair.quotient if pair else 0.0
     if where is None:
         plain = naive(program, graph.weights)

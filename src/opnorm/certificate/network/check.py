@@ -1,5 +1,6 @@
 """Verify a network's certificate from the weights alone: nothing of the search is used."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -40,7 +41,7 @@ def verify_network(certificate: NetworkCertificate | str | PathLike[str], weight
 
     Args:
         certificate: or the path of its file.
-        weights: tensors by name, or a model with them.
+        weights: tensors by name, or a model with them (in evaluation mode, where its weights are parametrized).
 
     The certificate states the graph: that the network computes it is what its reader has to accept, together with the
     `assumptions`. Slopes of named activations are looked up here, not believed.
@@ -59,7 +60,8 @@ def verify_network(certificate: NetworkCertificate | str | PathLike[str], weight
     if not isinstance(certificate, NetworkCertificate):
         certificate = NetworkCertificate.load(Path(certificate))
     if isinstance(weights, nn.Module):
-        weights = weights.state_dict()
+        weights = weights_in_use(weights, read_names(certificate.program))
+    weights = {name: weight.detach() for name, weight in weights.items()}
     for name in read_names(certificate.program):
         if name not in weights:
             raise CertificateError(f"the weight {name!r} is missing")
@@ -70,6 +72,18 @@ def verify_network(certificate: NetworkCertificate | str | PathLike[str], weight
     if not proof.upper <= certificate.upper:
         raise CertificateError(f"the claim is {certificate.upper!r}, but only {proof.upper!r} could be proved")
     return Verified(certificate.upper, proof, certificate.assumptions)
+
+
+def weights_in_use(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """What a model computes with under these names: of a parametrized layer the result, not what is stored for it."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        home, _, last = name.rpartition(".")
+        try:
+            found[name] = getattr(model.get_submodule(home), last)
+        except AttributeError:
+            continue
+    return found
 
 
 def chain_of(program: Program, weights: Weights, calculus: str) -> Chain:

@@ -29,7 +29,7 @@ def stored(weights: Weights, name: str) -> Tensor:
     """
     if name not in weights:
         raise CertificateError(f"the network reads the weight {name!r}, which is not among the weights given")
-    weight = weights[name].detach().to(device="cpu", dtype=torch.float64)
+    weight = weights[name].to(device="cpu", dtype=torch.float64)
     if not bool(torch.isfinite(weight).all()):
         raise CertificateError(f"the weight {name!r} holds NaN or infinite values")
     return weight
