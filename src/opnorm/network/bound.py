@@ -25,6 +25,7 @@ from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS = 30.0
+_LOWER_SHARE = 0.25
 _DENSE_FIRST = 1100
 _SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
 _FOLDED = (
@@ -148,9 +149,10 @@ def lipschitz(
     graph = export(folded(model), example_input)
     program = program_of(graph)
     where = None if region is None else _placed(program, region)
-    pair = _lower(graph, example_input, where)
     seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
     remarks = [_FOLDED] if is_parametrized(model) else []
+    pair = _lower(graph, example_input, where, seconds * _LOWER_SHARE)
+    seconds *= 1 - _LOWER_SHARE
     target = pair.quotient if pair else 0.0
     if where is None:
         plain = naive(program, graph.weights)
@@ -301,13 +303,13 @@ def _sharpen(graph: Graph) -> Sharpen:
     return constants
 
 
-def _lower(graph: Graph, example_input: Example, where: Around | None) -> Pair | None:
+def _lower(graph: Graph, example_input: Example, where: Around | None, seconds: float) -> Pair | None:
     function = Function(graph, two_samples(example_input))
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     floats = [b for b in inputs if b.is_floating_point()]
     count = min(16, *(len(b) for b in floats))
     starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
     if where is None:
-        return attained(function, starts)
+        return attained(function, starts, seconds=seconds)
     inside = torch.cat([where.center[None], where.clip(starts)])
-    return attained(function, inside, where.clip)
+    return attained(function, inside, where.clip, seconds=seconds)

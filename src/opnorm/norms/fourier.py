@@ -23,7 +23,7 @@ _SEARCH_STEPS = 36
 _CHEAP_FLOPS = 2e9
 
 
-def torus_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
+def torus_norm(operator: Conv | ConvTranspose, *, rtol: float, search: bool = True) -> Enclosure:
     """Enclose the norm of a convolution at its input size by the symbol on a torus, with proof.
 
     Zero padding: `T = R C_N E` with `C_N` the circular convolution on any torus of
@@ -34,6 +34,8 @@ def torus_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     Args:
         operator: at a given input size.
         rtol: target for the gap; the embedding's own slack, up to a few per cent on small inputs, comes on top.
+        search: whether to look for a lower end on the operator itself, and for the best of a few tori; without, the
+            lower end is 0 except where the symbol is exact.
 
     Raises:
         InputShapeError: if the operator stands for every size.
@@ -42,7 +44,7 @@ def torus_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     conv = _as_conv(operator)
     require_ieee_arithmetic()
     # The embedding's slack is given; what the symbol's own proof adds to it costs nothing to keep small.
-    sharp = min(rtol, _SYMBOL_RTOL)
+    sharp = min(rtol, _SYMBOL_RTOL) if search else rtol
     scaled, exponent = normalised(conv.weight)
     conv = replace(conv, weight=scaled)
     if not scaled.any():
@@ -50,13 +52,13 @@ def torus_norm(operator: Conv | ConvTranspose, *, rtol: float) -> Enclosure:
     if conv.mode == "circular":
         lower, upper = _circular(conv, sharp)
     elif conv.mode == "zeros":
-        lower, upper = _zero_padded(conv, _scaled_like(operator, conv), sharp)
+        lower, upper = _zero_padded(conv, _scaled_like(operator, conv), sharp, search=search)
     else:
         valid = replace(conv, spatial=conv.padded, padding=((0, 0),) * conv.dims, mode="zeros")
         _, upper = _zero_padded(valid, valid, sharp, search=False)
         repeats = math.prod(_repetitions(conv))
         upper = rounding.mul_up(upper, rounding.sqrt_up(float(repeats)))
-        lower = _search(conv, None, sharp)
+        lower = _search(conv, None, sharp) if search else 0.0
     return Enclosure(rounding.ldexp_down(lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "torus", rtol)
 
 
@@ -204,7 +206,7 @@ def _zero_padded(
 ) -> tuple[float, float]:
     """The best of a few tori that embed the convolution, and what the operator itself attains."""
     best: tuple[Peak, Grid] | None = None
-    for sizes in torus_sizes(conv):
+    for sizes in torus_sizes(conv)[: None if search else 1]:
         grid = _grid(conv, sizes)
         peak = grid_maximum(grid, rtol)
         if best is None or peak.upper < best[0].upper:
