@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from opnorm._enclosure import Guarantee
 from opnorm.errors import ArgumentError, InputShapeError
 from opnorm.norms.banded import banded_cost, banded_fits
-from opnorm.norms.fourier import size_free_flops, torus_flops
+from opnorm.norms.fourier import torus_flops
 from opnorm.norms.memory import require_memory
 from opnorm.norms.probable import steps_needed
+from opnorm.norms.size_free import size_free_flops
 from opnorm.norms.structured import STRUCTURED
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
 
