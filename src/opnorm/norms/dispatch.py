@@ -25,7 +25,7 @@ from opnorm.norms.row_sums import row_sum_norm
 from opnorm.norms.select import DENSE_LIMIT, check_guarantee, select
 from opnorm.norms.size_free import size_free_norm
 from opnorm.norms.structured import structured_norm
-from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator
+from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator, Scaled
 
 Method = Literal["auto", "dense", "torus", "size-free", "banded", "structured", "lanczos"]
 
@@ -147,7 +147,7 @@ def _run(
     match name, operator:
         case "lanczos", _:
             return _lanczos(operator, rtol, guarantee, failure_probability)
-        case "structured", _:
+        case ("structured", _) | ("size-free", Scaled()):
             return _structured(operator, rtol, guarantee, failure_probability)
         case "torus", Conv() | ConvTranspose():
             return torus_norm(operator, rtol=rtol)

@@ -16,7 +16,7 @@ from opnorm.operators import Conv, ConvTranspose
 _SLACK = 4e-3
 _WORK = 1.5
 """Blocks to prove, over those of a uniform grid that is 0.4 % off."""
-_CHEAP_FLOPS = 5e8
+_CHEAP_FLOPS = 1e9
 _OVERHEAD_FLOPS = 1e5
 """What a block costs beside its arithmetic."""
 

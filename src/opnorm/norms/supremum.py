@@ -25,6 +25,8 @@ _SHARE = 0.95
 """Of the target, for the distance between frequencies; the rest is for rounding and for what a search misses."""
 _SHARP = 1e-5
 _PROMISING = 0.98
+_FLAT = 0.7
+"""The share of the coarsest cells that must look too large for them to be divided unproved."""
 
 
 def supremum(grid: Grid, types: tuple[float, ...], *, rtol: float, slack: float, budget: int) -> tuple[float, float]:
@@ -40,24 +42,30 @@ def supremum(grid: Grid, types: tuple[float, ...], *, rtol: float, slack: float,
     target = _SHARE * min(rtol, slack) if any(types) else min(rtol, _SHARP)
     tiling = cover(types, grid.stride, _first_angle(_SHARE * slack), halved=not grid.kernel.is_complex())
     cells = tiling.centres().to(grid.kernel.device)
-    gain = _climb(tiling, replace(grid, sizes=tiling.sizes), cells)
-    upper, seen, parts = 0.0, 0, 2 ** sum(tau > 0 for tau in types)
-    for level in count():
+    values = estimates(replace(grid, sizes=tiling.sizes), cells).amax(1)
+    gain = _climb(tiling, grid, cells[values.topk(min(2, len(cells))).indices])
+    upper, seen, share, parts = 0.0, 0, 1.0, 2 ** sum(tau > 0 for tau in types)
+    first = 0
+    if any(types) and float((values.sqrt() > gain * _cosine_below(tiling.angle(0))).double().mean()) > _FLAT:
+        first, cells = 1, tiling.divided(cells)
+    for level in count(first):
         here = replace(grid, sizes=tiling.at_level(level))
         cosine = _cosine_below(tiling.angle(level))
         seen += len(cells)
         enough = cosine * (1 + slack) >= 1
         goal = (symbol_below(grid, gain) * (1 + target) * cosine - grid.error) * math.sqrt(grid.aliases)
-        sweep = _sweep(here, cells, goal, thorough=enough and seen + parts * len(cells) > budget)
-        if sweep.passed > 0:
-            upper = max(upper, rounding.div_up(symbol_above(grid, sweep.passed), cosine))
+        # Where the budget will hardly last for another level, what is above the goal gets a bound while it is at hand.
+        sweep = _sweep(here, cells, goal, thorough=enough and seen + parts * share * len(cells) > budget)
+        upper = max(upper, rounding.div_up(symbol_above(grid, sweep.passed), cosine))
         if sweep.best is not None and sweep.best[2] > _PROMISING * gain * gain:
             gain = max(gain, attained_at(here, sweep.best[0], sweep.best[1])[0])
         if len(sweep.left) == 0:
             break
+        share = len(sweep.left) / len(cells)
         if seen + parts * len(sweep.left) > budget:
             if enough:
-                upper = max(upper, rounding.div_up(symbol_above(grid, sweep.rest), cosine))
+                rest = sweep.rest if math.isfinite(sweep.rest) else _sweep(here, sweep.left, goal, thorough=True).rest
+                upper = max(upper, rounding.div_up(symbol_above(grid, rest), cosine))
                 break
             peak = grid_maximum(grid, _SHARP)
             return peak.lower, rounding.div_up(peak.upper, cosine_product_below(types, grid.sizes))
@@ -81,10 +89,8 @@ def _first_angle(target: float) -> float:
 
 
 def _cosine_below(angle: float) -> float:
-    """A lower bound of the cosine, 0 from about pi/2 on, and 1 where there is but one frequency."""
-    if angle == 0.0:
-        return 1.0
-    return max(0.0, math.cos(angle) - 8 * rounding.U) if angle < 1.5 else 0.0
+    """A lower bound of the cosine of an angle below pi/2, and 1 where there is but one frequency."""
+    return math.cos(angle) - 8 * rounding.U if angle > 0.0 else 1.0
 
 
 class _Sweep(NamedTuple):
@@ -121,13 +127,13 @@ def _sweep(grid: Grid, cells: Tensor, goal: float, *, thorough: bool) -> _Sweep:
 
 
 def _climb(tiling: Cover, grid: Grid, cells: Tensor) -> float:
-    """What is attained near the best of the coarsest cells' centres; a search by halved steps, it proves no more."""
+    """What is attained near some of the coarsest cells' centres; a search by halved steps, it proves no more."""
     unit = torch.eye(cells.shape[1], dtype=cells.dtype, device=cells.device)
     unit = unit[[tau > 0 for tau in tiling.types]]
     moves = torch.cat([0 * unit[:1], unit, -unit])
     doubled = torch.tensor([2 if tau else 1 for tau in tiling.types], device=cells.device)
-    values = estimates(grid, cells)
-    best = cells[values.amax(1).topk(min(2, len(cells))).indices]
+    best = cells
+    grid = replace(grid, sizes=tiling.sizes)
     for level in range(1, _CLIMBS + 1 if len(unit) else 1):
         grid = replace(grid, sizes=tiling.at_level(level))
         tried = (best * doubled)[:, None] + moves
