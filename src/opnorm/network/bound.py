@@ -118,7 +118,7 @@ def lipschitz(
         example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
             its samples. Integer inputs are not varied.
         method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
-            `sweep`, `afp`, `adam`.
+            `sweep`, `afp`, `adam`, `newton`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
         region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
         time_budget: seconds for the search; 30 by default.
@@ -191,7 +191,7 @@ def _calculus(
     if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
         remarks.append("an operation is unbounded, so only the naive rules apply")
         return None
-    upto = method if method in METHODS else "adam"
+    upto = method if method in METHODS else METHODS[-1]
     forms = (method,) if method in ("dense", "fourier") else _forms(program)
     for calculus in forms:
         try:
