@@ -56,3 +56,24 @@ def test_newton_is_never_above_where_it_began_and_can_be_proved(net: Net) -> Non
         found = newton(chain, begin) if chain.choices else begin
     assert float(bound_squared(found)) <= float(bound_squared(begin))
     assert prove(chain, found.multipliers).upper ** 2 == pytest.approx(float(bound_squared(found)), rel=1e-5)
+
+
+def test_each_pair_is_between_the_measured_differences_and_the_joint_bound() -> None:
+    net = DENSE[0]
+    model = net.build()
+    example = torch.randn(8, *net.shape)
+    joint = opnorm.lipschitz(model, example).pairwise
+    each = opnorm.lipschitz(model, example, pairs="each").pairwise
+    assert joint is not None
+    assert each is not None
+    assert bool((each <= joint * (1 + 1e-9)).all())
+    assert float((each / joint).nan_to_num(1.0).min()) < 0.99
+    jacobians = torch.func.vmap(torch.func.jacrev(model.double()))(torch.randn(200, *net.shape).double())
+    differences = (jacobians[:, :, None] - jacobians[:, None]).norm(dim=-1).amax(0)
+    assert bool((differences * (1 - 1e-9) <= each).all())
+
+
+@pytest.mark.parametrize("bad", ["all", None])
+def test_an_unknown_choice_of_pairs_is_an_error(bad: str) -> None:
+    with pytest.raises(opnorm.errors.ArgumentError, match="'joint' or 'each'"):
+        opnorm.lipschitz(nn.Linear(2, 2), torch.randn(2, 2), pairs=bad)  # type: ignore[arg-type]
