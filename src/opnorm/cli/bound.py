@@ -21,7 +21,9 @@ SCHEMA = 1
 @click.argument("model", metavar="MODULE:FACTORY")
 @click.option("--weights", metavar="PATH", type=click.Path(path_type=Path), help="A checkpoint for the model.")
 @click.option("--input", "size", metavar="3x32x32", required=True, help="The shape of one sample.")
-@click.option("--method", default="auto", show_default=True, help="auto, naive, dense, fourier, fast, afp or adam.")
+@click.option(
+    "--method", default="auto", show_default=True, help="auto, naive, dense, fourier, fast, afp, adam, newton."
+)
 @click.option("--budget", type=float, metavar="SECONDS", help="Time for the search.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the bound as JSON; - for stdout.")
 @click.option("--certificate", type=click.Path(path_type=Path), metavar="FILE", help="Write the certificate.")

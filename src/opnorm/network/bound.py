@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from opnorm._enclosure import Guarantee
 from opnorm.certificate.network.check import SLACK, chain_of
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
 from opnorm.certificate.network.program import Elementwise, Opaque, Program
-from opnorm.certificate.network.proof import Proof, prove
+from opnorm.certificate.network.proof import prove
 from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
@@ -19,6 +21,7 @@ from opnorm.network.folded import folded, is_parametrized
 from opnorm.network.local import Sharpen, localise
 from opnorm.network.lower import Function, Pair, attained
 from opnorm.network.naive import Naive, naive
+from opnorm.network.pairs import each_pair
 from opnorm.network.region import Around, Region, around
 from opnorm.network.rules import program_of
 from opnorm.network.search import METHODS, Found, search
@@ -109,6 +112,7 @@ def lipschitz(
     method: str = "auto",
     guarantee: Guarantee = "proved",
     region: Region | None = None,
+    pairs: Literal["joint", "each"] = "joint",
     time_budget: float | None = None,
 ) -> NetworkBound:
     """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
@@ -118,16 +122,18 @@ def lipschitz(
         example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
             its samples. Integer inputs are not varied.
         method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
-            `sweep`, `afp`, `adam`.
+            `sweep`, `afp`, `adam`, `newton`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
         region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
+        pairs: how `pairwise` is found: `joint`, from the one covariance that gives `upper`; `each`, from a search for
+            each pair of outputs in half of the time, which is tighter. A certificate is of `upper` only.
         time_budget: seconds for the search; 30 by default.
 
     Returns:
         The bounds; printing gives a table.
 
     Raises:
-        ArgumentError: for an unknown method or guarantee, or a model in training mode.
+        ArgumentError: for an unknown method, guarantee or pairs, or a model in training mode.
         UnsupportedLayerError: naming the first operation without a rule, or one that mixes samples.
 
     Source: LipSDP (Fazlyab et al., NeurIPS 2019) without a solver; see the guide "From layers to the network".
@@ -146,6 +152,8 @@ def lipschitz(
         raise ArgumentError(f"method={method!r}: it is one of {', '.join(_METHODS)}")
     if guarantee not in ("proved", "estimate"):
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
+    if pairs not in ("joint", "each"):
+        raise ArgumentError(f"pairs={pairs!r}: it is 'joint' or 'each'")
     graph = export(folded(model), example_input)
     program = program_of(graph)
     where = None if region is None else _placed(program, region)
@@ -154,14 +162,15 @@ def lipschitz(
     pair = _lower(graph, example_input, where, seconds * _LOWER_SHARE)
     seconds *= 1 - _LOWER_SHARE
     target = pair.quotient if pair else 0.0
+    calculus = partial(_calculus, graph=graph, method=method, guarantee=guarantee, pairs=pairs, target=target)
     if where is None:
         plain = naive(program, graph.weights)
-        best = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds, target=target, remarks=remarks)
+        best = calculus(program, seconds=seconds, remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
     local = _localised(program, graph, example_input, where)
     plain = naive(local, graph.weights)
-    best = _calculus(local, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=remarks)
-    anywhere = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=[])
+    best = calculus(local, seconds=seconds / 2, remarks=remarks)
+    anywhere = calculus(program, seconds=seconds / 2, remarks=[])
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
     return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, certify=False)
@@ -177,11 +186,12 @@ class _Candidate:
 
 def _calculus(
     program: Program,
+    *,
     graph: Graph,
     method: str,
-    *,
     guarantee: Guarantee,
     seconds: float,
+    pairs: str,
     target: float,
     remarks: list[str],
 ) -> _Candidate | None:
@@ -191,19 +201,24 @@ def _calculus(
     if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
         remarks.append("an operation is unbounded, so only the naive rules apply")
         return None
-    upto = method if method in METHODS else "adam"
+    upto = method if method in METHODS else METHODS[-1]
     forms = (method,) if method in ("dense", "fourier") else _forms(program)
     for calculus in forms:
         try:
             chain = chain_of(program, graph.weights, calculus)
-            found = search(chain, seconds, upto, target)
+            found = search(chain, seconds if pairs == "joint" else seconds / 2, upto, target)
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
             proof = prove(chain, found.multipliers)
         except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
-        return _Candidate(proof.upper * SLACK, _pairwise(proof), found, calculus)
+        pairwise = proof.pairwise
+        if pairs == "each" and pairwise is not None:
+            pairwise, missed = each_pair(chain, found.multipliers, pairwise, seconds / 2)
+            if missed:
+                remarks.append(f"{missed} pairs of outputs were not reached in time and keep the joint bound")
+        return _Candidate(proof.upper * SLACK, None if pairwise is None else pairwise * SLACK, found, calculus)
     return None
 
 
@@ -211,10 +226,6 @@ def _forms(program: Program) -> tuple[str, ...]:
     """Dense where it is affordable, because its multipliers are finer; otherwise Fourier space first."""
     largest = max(step.size for step in program.steps)
     return ("dense", "fourier") if largest <= _DENSE_FIRST else ("fourier", "dense")
-
-
-def _pairwise(proof: Proof) -> Tensor | None:
-    return None if proof.pairwise is None else proof.pairwise * SLACK
 
 
 def _assembled(
