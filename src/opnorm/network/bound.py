@@ -158,7 +158,7 @@ def lipschitz(
         plain = naive(program, graph.weights)
         best = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds, target=target, remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
-    local = _localised(program, graph, example_input, where)
+    local = _localised(program_of(graph, split=False), graph, example_input, where)
     plain = naive(local, graph.weights)
     best = _calculus(local, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=remarks)
     anywhere = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=[])
