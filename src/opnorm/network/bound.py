@@ -167,7 +167,7 @@ def lipschitz(
         plain = naive(program, graph.weights)
         best = calculus(program, seconds=seconds, remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
-    local = _localised(program, graph, example_input, where)
+    local = _localised(program_of(graph, split=False), graph, example_input, where)
     plain = naive(local, graph.weights)
     best = calculus(local, seconds=seconds / 2, remarks=remarks)
     anywhere = calculus(program, seconds=seconds / 2, remarks=[])
