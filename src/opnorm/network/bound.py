@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from opnorm.errors import ArgumentError, CertificateError, TooLargeError, Unsupp
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
 from opnorm.network.folded import folded, is_parametrized
+from opnorm.network.frequencies import affordable
 from opnorm.network.local import Sharpen, localise
 from opnorm.network.lower import Function, Pair, attained
 from opnorm.network.naive import Naive, naive
@@ -24,7 +26,7 @@ from opnorm.network.rules import program_of
 from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
-_DEFAULT_SECONDS = 30.0
+_DEFAULT_SECONDS, _LONGEST = 30.0, 300.0
 _LOWER_SHARE = 0.25
 _DENSE_FIRST = 1100
 _SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
@@ -121,7 +123,9 @@ def lipschitz(
             `sweep`, `afp`, `adam`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
         region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
-        time_budget: seconds for the search; 30 by default.
+        time_budget: about how many seconds to spend beyond the naive rules; a form of the calculus whose single pass
+            and proof would take longer is not begun, and a remark says so. By default 30 for the searches, while one
+            pass and its proof may take up to 300.
 
     Returns:
         The bounds; printing gives a table.
@@ -149,19 +153,20 @@ def lipschitz(
     graph = export(folded(model), example_input)
     program = program_of(graph)
     where = None if region is None else _placed(program, region)
-    seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
+    seconds, longest = (_DEFAULT_SECONDS, _LONGEST) if time_budget is None else (time_budget, time_budget)
     remarks = [_FOLDED] if is_parametrized(model) else []
     pair = _lower(graph, example_input, where, seconds * _LOWER_SHARE)
     seconds *= 1 - _LOWER_SHARE
     target = pair.quotient if pair else 0.0
+    calculus = partial(_calculus, graph=graph, method=method, guarantee=guarantee, target=target)
     if where is None:
         plain = naive(program, graph.weights)
-        best = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds, target=target, remarks=remarks)
+        best = calculus(program, seconds=seconds, longest=longest, remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
     local = _localised(program, graph, example_input, where)
     plain = naive(local, graph.weights)
-    best = _calculus(local, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=remarks)
-    anywhere = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=[])
+    best = calculus(local, seconds=seconds / 2, longest=longest / 2, remarks=remarks)
+    anywhere = calculus(program, seconds=seconds / 2, longest=longest / 2, remarks=[])
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
     return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, certify=False)
@@ -177,11 +182,12 @@ class _Candidate:
 
 def _calculus(
     program: Program,
+    *,
     graph: Graph,
     method: str,
-    *,
     guarantee: Guarantee,
     seconds: float,
+    longest: float,
     target: float,
     remarks: list[str],
 ) -> _Candidate | None:
@@ -195,11 +201,10 @@ def _calculus(
     forms = (method,) if method in ("dense", "fourier") else _forms(program)
     for calculus in forms:
         try:
-            chain = chain_of(program, graph.weights, calculus)
-            found = search(chain, seconds, upto, target)
+            found, chains = affordable(program, graph.weights, calculus, seconds, upto, target=target, longest=longest)
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
-            proof = prove(chain, found.multipliers)
+            proof = prove(chains, found.multipliers)
         except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
