@@ -25,7 +25,7 @@ from opnorm.network.naive import Naive, naive
 from opnorm.network.pairs import each_pair
 from opnorm.network.region import Around, Region, around
 from opnorm.network.rules import program_of
-from opnorm.network.search import METHODS, Found
+from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS, _LONGEST = 30.0, 300.0
@@ -218,12 +218,12 @@ def _calculus(
             remarks.append(f"{calculus} calculus: {problem}")
             continue
         pairwise = proof.pairwise
-        if pairs == "each" and pairwise is not None and not isinstance(chains, tuple):
-            remarks.append("the network is proved in parts, so its pairs of outputs keep the joint bound")
-        elif pairs == "each" and pairwise is not None:
+        if pairs == "each" and pairwise is not None and isinstance(chains, tuple):
             pairwise, missed = each_pair(chains[0], found.multipliers, pairwise, seconds / 2)
             if missed:
                 remarks.append(f"{missed} pairs of outputs were not reached in time and keep the joint bound")
+        elif pairs == "each" and pairwise is not None:
+            remarks.append("the network is proved in parts, so its pairs of outputs keep the joint bound")
         return _Candidate(proof.upper * SLACK, None if pairwise is None else pairwise * SLACK, found, calculus)
     return None
 
