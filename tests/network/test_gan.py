@@ -119,6 +119,27 @@ def test_self_attention_needs_a_region() -> None:
     assert opnorm.lipschitz(nn.Sequential(nn.Conv2d(3, 4, 1), Gate()), torch.randn(1, 3, 4, 4), region=small).upper < 10
 
 
+def test_the_attention_of_biggan_is_unbounded_and_says_why() -> None:
+    class NonLocal(nn.Module):
+        def __init__(self, c: int = 8) -> None:
+            super().__init__()
+            self.theta, self.phi = (spectral_norm(nn.Conv2d(c, c // 4, 1, bias=False)) for _ in range(2))
+            self.g, self.o = spectral_norm(nn.Conv2d(c, 4, 1)), spectral_norm(nn.Conv2d(4, c, 1))
+            self.gamma = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            theta = self.theta(x).flatten(2)
+            phi, g = (F.max_pool2d(f(x), 2).flatten(2) for f in (self.phi, self.g))
+            weights = torch.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
+            o = torch.bmm(g, weights.transpose(1, 2)).unflatten(2, x.shape[2:])
+            return self.gamma * self.o(o) + x
+
+    bound = opnorm.lipschitz(NonLocal().eval(), torch.randn(2, 8, 4, 4))
+    assert bound.upper == float("inf")
+    assert bound.lower > 0
+    assert any("product of two varying tensors" in node.note for node in bound.nodes)
+
+
 def test_minibatch_statistics_are_refused() -> None:
     class MinibatchDeviation(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from opnorm.graph.export import Example, two_samples
 from opnorm.network.folded import folded, is_parametrized
 from opnorm.network.frequencies import affordable
 from opnorm.network.local import Sharpen, localise
-from opnorm.network.lower import Function, Pair, attained
+from opnorm.network.lower import Function, Pair, attained, settled
 from opnorm.network.naive import Naive, naive
 from opnorm.network.pairs import each_pair
 from opnorm.network.region import Around, Region, around
@@ -62,7 +62,8 @@ class NetworkBound:
 
     Attributes:
         upper: the best upper bound.
-        lower: attained by `pair`; 0 where none was found.
+        lower: attained by `pair`; 0 where none was found. `pair.guarantee` says whether the rounding of its evaluation
+            was bounded (`proved`), or the quotient is that of a float64 evaluation, less 1e-7 of it (`estimate`).
         product: the composition of the naive rules.
         pairwise: upper bounds for the difference of each pair of outputs, shape (n, n); None where the calculus did
             not reach the outputs one by one.
@@ -327,6 +328,8 @@ def _lower(graph: Graph, example_input: Example, where: Around | None, seconds: 
     count = min(16, *(len(b) for b in floats))
     starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
     if where is None:
-        return attained(function, starts, seconds=seconds)
-    inside = torch.cat([where.center[None], where.clip(starts)])
-    return attained(function, inside, where.clip, seconds=seconds)
+        found = attained(function, starts, seconds=seconds)
+    else:
+        inside = torch.cat([where.center[None], where.clip(starts)])
+        found = attained(function, inside, where.clip, seconds=seconds)
+    return None if found is None else settled(function, found)

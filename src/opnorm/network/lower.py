@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opnorm._enclosure import Guarantee
 from opnorm.errors import OpnormError
 from opnorm.graph import Graph
 from opnorm.graph.batch import evaluate
+from opnorm.network.forward_error import distance_up, proved_quotient
 
 _CAUTION = 1e-7
-"""Relative reduction of a measured quotient: far above the rounding of a float64 evaluation of it."""
+"""Relative reduction of a measured quotient: usually far above the rounding of a float64 evaluation of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +25,16 @@ class Pair:
     Attributes:
         x: one input.
         y: the other.
-        quotient: `|f(x) - f(y)| / |x - y|` in float64, reduced by more than its rounding error.
+        quotient: a lower bound of `|f(x) - f(y)| / |x - y|`.
+        guarantee: `proved` where the rounding of the evaluation is bounded operation by operation; `estimate` where the
+            quotient is the one of a float64 evaluation, reduced by 1e-7 of it, because an operation (tanh, say) has
+            only its library's accuracy.
     """
 
     x: Tensor
     y: Tensor
     quotient: float
+    guarantee: Guarantee = "estimate"
 
 
 Clip = Callable[[Tensor], Tensor]
@@ -59,6 +65,10 @@ class Function:
 
     def values(self, x: Tensor) -> dict[str, Tensor]:
         """The result of every node."""
+        return evaluate(self.graph, self.inputs(x))
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The batches that flattened inputs stand for."""
         parts, start = [], 0
         for batch in self.batches:
             if not batch.is_floating_point():
@@ -67,7 +77,16 @@ class Function:
             size = batch[0].numel()
             parts.append(x[:, start : start + size].reshape(batch.shape))
             start += size
-        return evaluate(self.graph, tuple(parts))
+        return tuple(parts)
+
+
+def settled(function: Function, pair: Pair) -> Pair:
+    """The pair with a proved quotient, where the error of its evaluation can be bounded."""
+    with torch.no_grad():
+        quotient = proved_quotient(
+            function.graph, function.inputs(torch.stack([pair.x, pair.y])), distance_up(pair.x, pair.y)
+        )
+    return pair if quotient is None else Pair(pair.x, pair.y, quotient, "proved")
 
 
 def attained(

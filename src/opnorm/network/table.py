@@ -17,6 +17,8 @@ def table_of(bound: "NetworkBound") -> str:
     lines.append("")
     lines.append(f"{number(bound.lower, down=True)} <= Lipschitz constant <= {number(bound.upper)}")
     lines.append(f"({bound.guarantee}, {bound.method}; the product of the steps is {number(bound.product)})")
+    if bound.pair is not None and bound.pair.guarantee == "estimate":
+        lines.append("(the lower end is an estimate: a library's function is evaluated on the way)")
     lines += [f"note: {remark}" for remark in bound.remarks]
     return "\n".join(lines)
 
