@@ -9,7 +9,7 @@ import opnorm
 
 
 class SpectralCap(TrainerCallback):
-    """Divides every weight whose norm is above a cap, after each optimizer step, and logs the norms."""
+    """Divides every weight whose norm is above a cap, after each optimizer step, and logs the norms before that."""
 
     def __init__(self, model: nn.Module, cap: float) -> None:
         self.projector = opnorm.Projector(model, cap, mode="clip")

@@ -16,9 +16,9 @@ class Enclosure:
     """Two ends between which an operator norm lies, and the guarantee for that.
 
     Guarantees:
-        `proved`: holds for the stored weights in exact arithmetic, the rounding errors of the computation included.
-        `probable`: holds except with probability `failure_probability` over a random start of our own.
-        `estimate`: no guarantee for the upper end; the lower end is attained.
+        - `proved`: holds for the stored weights in exact arithmetic, the rounding errors of the computation included.
+        - `probable`: holds except with probability `failure_probability` over a random start of our own.
+        - `estimate`: no guarantee for the upper end; the lower end is attained.
 
     Attributes:
         lower: the largest gain that was shown to be attained.

@@ -229,6 +229,27 @@ def test_folders_without_one_checkpoint(tmp_path: Path, names: list[str], reason
         open_checkpoint(tmp_path)
 
 
+def test_a_folder_says_which_files_it_left(tmp_path: Path) -> None:
+    save_file({"w": torch.eye(2)}, tmp_path / "best.safetensors")
+    for name in ("epoch1.pth", "epoch2.pth"):
+        _torch(tmp_path / name, {"w": torch.ones(2, 2)})
+    (tmp_path / "config.json").write_text("{}")
+    opened = open_checkpoint(tmp_path)
+    assert [entry.name for entry in opened.entries] == ["w"] and opened.elements == 4
+    assert [(part.name, part.elements) for part in opened.left] == [("epoch1.pth", 0), ("epoch2.pth", 0)]
+    assert all("best.safetensors was taken" in part.reason for part in opened.left)
+    assert open_checkpoint(tmp_path / "best.safetensors").left == ()
+
+
+def test_a_folder_of_shards_leaves_only_what_is_no_shard(tmp_path: Path) -> None:
+    _shards(tmp_path)
+    _torch(tmp_path / "pytorch_model.bin", {"w": torch.ones(2, 2)})
+    names = [part.name for part in open_checkpoint(tmp_path).left]
+    assert "pytorch_model.bin" in names and not [
+        name for name in names if name.startswith("model-") and ":" not in name
+    ]
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"two tensors are called 'a\.b'"):
         open_checkpoint(_torch(tmp_path / "x.pt", {"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}))

@@ -11,7 +11,7 @@ from mpmath import mp, mpf
 from torch import nn
 
 import opnorm
-from opnorm.errors import ArgumentError
+from opnorm.errors import ArgumentError, TooLargeError
 
 INF = math.inf
 
@@ -143,3 +143,13 @@ def test_entries_that_are_rounded_are_enclosed():
 def test_zero_and_empty(order):
     for matrix in (torch.zeros(2, 3), torch.zeros(0, 3), torch.zeros(3, 0)):
         assert opnorm.norm(matrix, ord=order).upper == 0.0
+
+
+@pytest.mark.parametrize("order", [1, (2, math.inf), 1.5])
+def test_what_does_not_fit_gets_advice_that_helps(order):
+    layer = nn.Conv2d(1, 1, 3, padding=1)
+    with pytest.raises(TooLargeError, match="smaller input_shape") as caught:
+        opnorm.norm(layer, input_shape=(1, 1000, 1000), ord=order)
+    assert "probable" not in str(caught.value)
+    assert opnorm.norm(layer, input_shape=(1, 4, 4), ord=order).upper < 10
+    assert opnorm.norm(layer, ord=1).upper < 10

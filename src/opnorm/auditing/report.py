@@ -146,7 +146,8 @@ class Report:
     def summary(self) -> str:
         """One line: how much was measured, the largest norm, what was skipped, and the verdict."""
         share = self.measured_elements / self.elements if self.elements else 0.0
-        parts = [f"{len(self.rows)} weights measured ({share:.1%} of {self.elements:,} elements)"]
+        weights = "weight" if len(self.rows) == 1 else "weights"
+        parts = [f"{len(self.rows)} {weights} measured ({share:.1%} of {self.elements:,} elements)"]
         if self.largest is not None:
             parts.append(f"largest norm {self.largest.upper:.6g} ({self.largest.name})")
         weakest = sorted({row.enclosure.guarantee for row in self.rows}, key=("estimate", "probable", "proved").index)

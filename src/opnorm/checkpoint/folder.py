@@ -12,6 +12,7 @@ Opener = Callable[[Path], Checkpoint]
 
 INDEX_SUFFIX = ".index.json"
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
+_SAFE, _TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
 
 
 def checkpoint_in(folder: Path) -> Path:
@@ -34,7 +35,7 @@ def checkpoint_in(folder: Path) -> Path:
     for name in _SINGLE:
         if name in names:
             return folder / name
-    for suffixes in ((".safetensors",), (".pt", ".pth", ".bin", ".ckpt")):
+    for suffixes in (_SAFE, _TORCH):
         found = [name for name in names if name.endswith(suffixes)]
         if len(found) == 1:
             return folder / found[0]
@@ -46,6 +47,14 @@ def checkpoint_in(folder: Path) -> Path:
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
     raise CheckpointError(f"{folder}: no checkpoint in this folder (no safetensors, no index, no torch file)")
+
+
+def others_in(folder: Path, taken: Path) -> tuple[Left, ...]:
+    """Return the weight files of a folder that are not read because `taken` is."""
+    shards = set(read_index(taken)[0].values()) if taken.name.endswith(INDEX_SUFFIX) else set()
+    names = sorted(item.name for item in folder.iterdir() if item.name.endswith((*_SAFE, *_TORCH)) and item.is_file())
+    reason = f"another file of the folder, of which {taken.name} was taken; give its own path to read it"
+    return tuple(Left(name, 0, 0, reason) for name in names if name != taken.name and name not in shards)
 
 
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:

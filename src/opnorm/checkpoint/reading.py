@@ -10,7 +10,7 @@ from torch import Tensor
 from opnorm.checkpoint.derived import recompose
 from opnorm.checkpoint.detect import kind_of
 from opnorm.checkpoint.entry import Checkpoint
-from opnorm.checkpoint.folder import INDEX_SUFFIX, checkpoint_in, open_sharded
+from opnorm.checkpoint.folder import INDEX_SUFFIX, checkpoint_in, open_sharded, others_in
 from opnorm.checkpoint.names import canonical_names
 from opnorm.checkpoint.safe import open_safetensors
 from opnorm.checkpoint.tensors import from_state
@@ -36,7 +36,11 @@ def open_checkpoint(path: str | PathLike[str], part: str = "") -> Checkpoint:
         ...     [(entry.name, entry.shape, entry.dtype) for entry in open_checkpoint(folder).entries]
         [('fc.weight', (2, 2), 'float32')]
     """
-    return named(open_stored(locate(path), part))
+    taken = locate(path)
+    stored = open_stored(taken, part)
+    if taken != Path(path):
+        stored = replace(stored, left=(*stored.left, *others_in(Path(path), taken)))
+    return named(stored)
 
 
 def open_state(state: Mapping[str, Tensor], label: str) -> Checkpoint:

@@ -141,7 +141,7 @@ def _summary(outcome: "Outcome") -> str:
 
     divided = sum(row.action == "divided" for row in outcome.changed)
     unchanged = len(outcome.changed) - divided
-    parts = [f"{divided} weights divided", f"{unchanged} unchanged"] if unchanged else [f"{divided} weights divided"]
+    parts = [f"{divided} weight{'' if divided == 1 else 's'} divided"] + [f"{unchanged} unchanged"] * bool(unchanged)
     bound = ceiling(outcome.certificate.lipschitz)
     if outcome.changed:
         parts.append(f"each norm is at most {bound}, proved for what is stored")

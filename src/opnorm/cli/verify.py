@@ -38,7 +38,8 @@ def verify(*, certificate: Path, weights: Path, part: str) -> None:
         except CertificateError as error:
             click.echo(printable(f"does not hold: {error}"))
             raise SystemExit(EXIT_DOES_NOT_HOLD) from error
+    counted = "weight" if len(found.proved) == 1 else "weights"
     click.echo(
-        f"holds: {len(found.proved)} weights proved to have norm at most {ceiling(found.lipschitz)}; "
+        f"holds: {len(found.proved)} {counted} proved to have norm at most {ceiling(found.lipschitz)}; "
         f"{len(found.untouched)} other tensors are those that were certified, with no claim on their norm"
     )

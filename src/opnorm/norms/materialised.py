@@ -10,11 +10,12 @@ from opnorm._enclosure import Enclosure
 from opnorm.errors import ArgumentError
 from opnorm.norms.dense import dense_norm
 from opnorm.norms.lp import Order, lp_norm
-from opnorm.norms.memory import require_memory
+from opnorm.norms.memory import VECTORS, require_memory
 from opnorm.norms.rescaled import lost_to_underflow, rescaled
 from opnorm.operators import Composed, Conv, ConvTranspose, LinearOperator
 
 _BATCH_BYTES = 2**26
+_OTHER_ORDERS = "orders other than 2 need it: ask at a smaller input_shape (1 and inf of a convolution need none)"
 
 
 def materialised_norm(operator: LinearOperator, *, rtol: float) -> Enclosure:
@@ -55,11 +56,11 @@ def materialised_lp_norm(operator: LinearOperator, order: Order, *, rtol: float)
     """
     if isinstance(operator, Composed):
         raise ArgumentError(f"ord={order} is not proved for compositions; measure the parts one by one")
-    found = lp_norm(matrix_of(operator), order, rtol=rtol)
+    found = lp_norm(matrix_of(operator, _OTHER_ORDERS), order, rtol=rtol)
     relative = entry_error(operator)
     if not relative:
         return found
-    majorant = lp_norm(matrix_of(operator.absolute()), order, rtol=rtol).upper
+    majorant = lp_norm(matrix_of(operator.absolute(), _OTHER_ORDERS), order, rtol=rtol).upper
     # The majorant's own entries are as far off; every one of these norms is at most the sum of the entries.
     lost = rounding.mul_up(8.0 * operator.in_size * operator.out_size, rounding.TINY)
     slack = rounding.add_up(rounding.mul_up(relative, rounding.add_up(1.0, 2 * relative), majorant), lost)
@@ -73,13 +74,19 @@ def entry_error(operator: LinearOperator) -> float:
     return rounding.add_up(rounding.gamma(terms) if terms > 1 else 0.0, operator.entry_error)
 
 
-def matrix_of(operator: LinearOperator) -> Tensor:
-    """Return the matrix of an operator in float64 or complex128, shape (out_size, in_size), column by column."""
+def matrix_of(operator: LinearOperator, way_out: str = VECTORS) -> Tensor:
+    """Return the matrix of an operator in float64 or complex128, shape (out_size, in_size), column by column.
+
+    Args:
+        operator: anything that can be applied.
+        way_out: what to do where the matrix does not fit into memory.
+    """
     if operator.dtype.is_complex and isinstance(operator, Conv | ConvTranspose):
         # torch convolves complex numbers by three real products, of sums that are rounded; the parts are exact.
-        return torch.complex(*(matrix_of(part) for part in _parts(operator)))
+        return torch.complex(*(matrix_of(part, way_out) for part in _parts(operator)))
     rows, columns = operator.out_size, operator.in_size
-    require_memory(48 * rows * columns, f"the matrix of an operator from {operator.in_shape} to {operator.out_shape}")
+    what = f"the matrix of an operator from {operator.in_shape} to {operator.out_shape}"
+    require_memory(48 * rows * columns, what, way_out)
     dtype = torch.complex128 if operator.dtype.is_complex else torch.float64
     transposed = torch.empty(columns, rows, dtype=dtype, device=operator.device)
     step = max(1, _BATCH_BYTES // (8 * (rows + columns)))

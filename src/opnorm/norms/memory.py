@@ -7,6 +7,9 @@ import torch
 
 from opnorm.errors import TooLargeError
 
+VECTORS = 'guarantee="probable" needs only vectors'
+"""The way out for l2 norms."""
+
 _MAPPED = (32 << 20) - 8192
 """The largest block, less its header, whose size glibc takes as the new measure."""
 
@@ -24,7 +27,7 @@ def available_bytes() -> int:
     return free
 
 
-def require_memory(needed: float, what: str, way_out: str = 'guarantee="probable" needs only vectors') -> None:
+def require_memory(needed: float, what: str, way_out: str = VECTORS) -> None:
     """Refuse what does not fit.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Train a small normalised discriminator and write its norms to TensorBoard: `python examples/tensorboard.py`."""
+"""Train a small normalised discriminator and write its norms to TensorBoard: `tensorboard_logging.py [STEPS]`."""
+
+import sys
 
 import torch
 from torch import nn
@@ -27,4 +29,4 @@ def main(steps: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))
