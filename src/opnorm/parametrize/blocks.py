@@ -33,38 +33,39 @@ def step(matrices: Tensor, block: Block) -> tuple[Block, Triple]:
     `matrices` has shape (blocks, rows, columns), in float32, float64 or complex.
     """
     left = torch.linalg.qr(multiply(matrices, block.y))[0]
-    pulled = multiply(matrices.mH, left)
+    pulled, scale = scaled(multiply(matrices.mH, left))
     rotation = ritz_rotation(pulled)
     y, lengths = normalised(pulled @ rotation)
-    triple = Triple(lengths[:, 0, 0], left @ rotation[..., :1], y[..., :1])
+    triple = Triple((lengths * scale)[:, 0, 0], left @ rotation[..., :1], y[..., :1])
     return Block(y, block.omega, block.scouts), triple
 
 
-def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return unit columns and their lengths, shape (blocks, 1, width); zero columns stay zero.
+def scaled(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each block with entries up to one, and the scale: so that nothing over- or underflows later."""
+    parts = torch.view_as_real(y).flatten(2) if y.is_complex() else y
+    scale = _nonzero(parts.abs().amax((1, 2), keepdim=True))
+    return y / scale, scale
 
-    Scaled first, so that nothing over- or underflows on the way.
-    """
-    scale = _nonzero(y.abs().amax((1, 2), keepdim=True))
-    y = y / scale
+
+def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit columns and their lengths, shape (blocks, 1, width); zero columns stay zero."""
     lengths = torch.linalg.vector_norm(y, dim=1, keepdim=True)
-    return y / _nonzero(lengths), lengths * scale
+    return y / _nonzero(lengths), lengths
 
 
 def ritz_rotation(y: Tensor) -> Tensor:
-    """The rotation of orthonormal left vectors that makes them Ritz vectors, the best first."""
-    unit = y / _nonzero(y.abs().amax((1, 2), keepdim=True))
-    vectors: Tensor = torch.linalg.eigh(unit.mH @ unit)[1]
+    """The rotation of orthonormal left vectors that makes them Ritz vectors, the best first; y is scaled."""
+    vectors: Tensor = torch.linalg.eigh(y.mH @ y)[1]
     return vectors.flip(-1)
 
 
 def unit_columns(y: Tensor) -> Tensor:
     """Columns of length one; zero columns stay zero."""
-    return y / _nonzero(torch.linalg.vector_norm(y, dim=1, keepdim=True))
+    return normalised(y)[0]
 
 
 def _nonzero(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values, torch.ones_like(values))
+    return values.clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:

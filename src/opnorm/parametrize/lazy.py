@@ -3,7 +3,7 @@
 It lets `F.linear` skip the division, and writes such as `torch.nn.init.normal_(layer.weight)` reach the raw weight.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from opnorm.errors import ArgumentError
+from opnorm.parametrize.convolved import FUNCTIONS, geometry
 
 if TYPE_CHECKING:
     from opnorm.parametrize.spectral import SpectralNormalization
@@ -40,6 +41,7 @@ _OVERWRITE = frozenset(
         "zero_",
     ]
 )
+_DIRECT = frozenset([F.linear, *FUNCTIONS])
 _VIEWS = frozenset({"view", "view_as", "reshape", "flatten", "t", "transpose", "permute", "__getitem__", "detach"})
 
 
@@ -93,12 +95,10 @@ class NormalizedWeight(Tensor):
     ) -> Any:
         """Describe without computing, write to the raw weight, and compute the value for everything else."""
         kwargs = kwargs or {}
-        if func is F.linear and len(args) > 1 and isinstance(args[1], NormalizedWeight):
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            fast = args[1]._owner.linear(args[0], args[1]._root, bias) if args[1] is args[1]._root else None
-            if fast is not None:
-                return fast
-            return func(args[0], args[1].materialised(), bias)
+        if func in _DIRECT and len(args) > 1 and isinstance(args[1], NormalizedWeight):
+            weight = args[1]
+            fast = _direct(func, args, kwargs) if weight._owner.training and weight is weight._root else None
+            return func(args[0], weight.materialised(), *args[2:], **kwargs) if fast is None else fast
         if func in _DESCRIBE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -134,6 +134,17 @@ class NormalizedWeight(Tensor):
         raise ArgumentError(
             f"{func} got a normalised weight in a way that opnorm cannot follow; pass layer.weight.clone() instead"
         )
+
+
+def _direct(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The layer's output without its weight, or None where the weight has to be computed first."""
+    x, weight, *rest = args
+    bias = rest.pop(0) if rest else kwargs.get("bias")
+    if func is F.linear:
+        return cast("Tensor | None", weight._owner.linear(x, weight, bias))
+    named = {name: value for name, value in kwargs.items() if name != "bias"}
+    shape = geometry(FUNCTIONS[func], *rest, **named)
+    return cast("Tensor | None", weight._owner.convolved(x, weight, bias, shape))
 
 
 def _plain(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -43,7 +43,8 @@ def spectral_norm(
     Args:
         module: a Linear, Embedding, convolution, MultiheadAttention or recurrent layer; changed in place.
         name: the weight; None for every matrix of the layer (q, k, v and out_proj, each by its own norm).
-        n_power_iterations: block iterations for each new value of the weight, or "adaptive": until it has settled.
+        n_power_iterations: block iterations for each new value of the weight (at least four for the first hundred
+            values), or "adaptive": until it has settled.
         eps: accepted for compatibility and not needed: a zero weight stays zero.
         dim: the axis that becomes the rows with `norm="reshaped"`; the true operator does not depend on it.
         lipschitz: K > 0, the norm that the weight is given.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opnorm.operators import Conv, ConvTranspose, LinearOperator
-from opnorm.parametrize.blocks import Block, Triple, random_like, ritz_rotation
+from opnorm.parametrize.blocks import Block, Triple, normalised, random_like, ritz_rotation, scaled
 from opnorm.parametrize.views import View, with_weight
 
 
@@ -25,15 +25,14 @@ def step(view: View, weight: Tensor, block: Block) -> tuple[Block, Triple]:
     operator = with_weight(view.template, weight)
     images = _columns(operator.apply(_samples(block.y, operator.in_shape)))
     left = torch.linalg.qr(images)[0]
-    pulled = _columns(operator.adjoint(_samples(left, operator.out_shape)))
+    pulled, scale = scaled(_columns(operator.adjoint(_samples(left, operator.out_shape))))
     rotation = ritz_rotation(pulled)
-    y, left = pulled @ rotation, left @ rotation[..., :1]
-    lengths = torch.linalg.vector_norm(y, dim=1, keepdim=True)
-    y = y / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    y, lengths = normalised(pulled @ rotation)
+    left = left @ rotation[..., :1]
     slope = _weight_gradient(
         operator, _samples(y[..., :1], operator.in_shape), _samples(left, operator.out_shape), weight
     )
-    return Block(y, block.omega, block.scouts), Triple(lengths[:, 0, 0], view.matrices(slope), None)
+    return Block(y, block.omega, block.scouts), Triple((lengths * scale)[:, 0, 0], view.matrices(slope), None)
 
 
 def _samples(columns: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
-from opnorm.parametrize import blocks, compiled, frequencies, sampled, sharding, values
+from opnorm.parametrize import blocks, compiled, convolved, frequencies, sampled, sharding, values
 from opnorm.parametrize.blocks import Block, Triple
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import Divide, ScaledLinear, composed
@@ -25,6 +25,15 @@ WIDTH = 8
 
 CONV_WIDTH = 4
 """Vectors at the frequency of a convolution, which scouts at other frequencies add to."""
+
+YOUNG = 100
+"""Values of a weight, from registration or a fresh start, in which the estimate makes more iterations: the first steps
+of Adam add a large new direction, which one iteration a step meets ten steps late."""
+
+YOUNG_ITERATIONS = 4
+
+SCOUT_EVERY = 4
+"""Later, scouts advance and the frequency moves only at every fourth value."""
 
 ADAPTIVE_TOLERANCE = 1e-4
 ADAPTIVE_MOST = 24
@@ -75,11 +84,12 @@ class SpectralNormalization(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._epoch = self._turn = 0
+        self._epoch = self._turn = self._age = 0
         self._key: values.Key | None = None
         self._triple: Triple | None = None
         self._stored: tuple[values.Key, tuple[int, ...], float, Tensor] | None = None
         self._verify = False
+        self._sampler = values.Sampler()
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Give a copy a number of its own."""
@@ -124,18 +134,40 @@ class SpectralNormalization(nn.Module):
 
     def linear(self, x: object, weight: NormalizedWeight, bias: Tensor | None) -> Tensor | None:
         """Return `F.linear(x, layer.weight, bias)` without computing the weight, or None where that is not possible."""
-        view = self.view
-        plain = self.training and self.scale is None and view.blocks == 1 and not view.frequencies and not view.axis
-        raw = weight._raw
-        if not isinstance(x, Tensor) or x.dtype != raw.dtype or raw.dtype != values.compute_dtype(raw):
+        raw, view = weight._raw, self.view
+        if not self._direct(x, weight) or view.frequencies or view.sampled or view.blocks > 1 or raw.ndim != 2:
             return None
-        if not plain or raw.is_complex() or weight._value is not None or torch.is_autocast_enabled(raw.device.type):
-            return None
-        if torch._C._are_functorch_transforms_active() or view.sampled or raw.ndim != 2:
-            return None
+        assert isinstance(x, Tensor)
         flat = x.reshape(-1, x.shape[-1])
         out: Tensor = ScaledLinear.apply(flat, raw, bias, self.triple(raw), self.lipschitz, self.mode == "clip")  # type: ignore[no-untyped-call]
         return out.reshape(*x.shape[:-1], -1)
+
+    def convolved(
+        self, x: object, weight: NormalizedWeight, bias: Tensor | None, shape: convolved.Geometry | None
+    ) -> Tensor | None:
+        """Return a convolution by `layer.weight`, or None where the weight has to be computed first."""
+        raw = weight._raw
+        if shape is None or not self.view.joint or not self._direct(x, weight):
+            return None
+        assert isinstance(x, Tensor)
+        if x.ndim != raw.ndim:
+            return None
+        division = convolved.Division(self.view, self.triple(raw), self.lipschitz, self.mode == "clip")
+        out: Tensor = convolved.ScaledConv.apply(x, raw, bias, division, shape)  # type: ignore[no-untyped-call]
+        return out
+
+    def _direct(self, x: object, weight: NormalizedWeight) -> bool:
+        """Whether an input can meet the raw weight: in training, in full precision, and outside transforms."""
+        raw = weight._raw
+        if not self.training or self.scale is not None or self.view.axis or weight._value is not None:
+            return False
+        if not isinstance(x, Tensor) or x.dtype != raw.dtype or raw.dtype != values.compute_dtype(raw):
+            return False
+        return not (
+            raw.is_complex()
+            or torch.is_autocast_enabled(raw.device.type)
+            or torch._C._are_functorch_transforms_active()
+        )
 
     @property
     def _divided_to(self) -> float:
@@ -194,7 +226,7 @@ class SpectralNormalization(nn.Module):
 
     def triple(self, weight: Tensor) -> Triple:
         """Return the estimate for this value of the weight, refreshed if the value is new."""
-        key = values.key(weight, self._epoch)
+        key = self._sampler.key(weight, self._epoch)
         unchanged = self._key is not None and values.same(self._key, key)
         if self._triple is not None and not sharding.agreed(weight, not unchanged):
             return self._triple
@@ -204,6 +236,7 @@ class SpectralNormalization(nn.Module):
         try:
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
                 raw = weight.detach().to(dtype)
+                self._age = 0 if afresh else self._age
                 block, triple = self._converged(raw) if afresh else self._advanced(raw, dtype)
                 broken = not bool(torch.isfinite(triple.sigma).all())
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -233,7 +266,9 @@ class SpectralNormalization(nn.Module):
             return blocks.iterate(
                 lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=ADAPTIVE_MOST, least=4
             )
-        for _ in range(self.iterations):
+        self._age += 1
+        # A count on the host, which no graph sees: nothing waits for it, and nothing compiles anew.
+        for _ in range(max(self.iterations, YOUNG_ITERATIONS if self._age <= YOUNG else 1)):
             block, triple = self._step(raw, block)
         return block, triple
 
@@ -243,7 +278,12 @@ class SpectralNormalization(nn.Module):
         matrices = self.view.matrices(raw)
         if self.view.frequencies:
             self._turn += 1
-            return frequencies.step(self.view, matrices, block, self._turn)
+            if self.iterations == "adaptive":
+                return frequencies.sweep(self.view, matrices, block)
+            turn, rest = (self._turn, 0) if self._age <= YOUNG else divmod(self._turn, SCOUT_EVERY)
+            if rest:
+                return frequencies.step(self.view, matrices, block, move=False)
+            return frequencies.step(self.view, matrices, frequencies.scouted(self.view, matrices, block, turn))
         return blocks.step(matrices, block)
 
     def _joined(self, triple: Triple) -> Triple:
@@ -275,7 +315,7 @@ class SpectralNormalization(nn.Module):
             WeightError: if the weight holds NaN or infinite values.
         """
         lipschitz = self.lipschitz if bound is None else float(bound.detach())
-        key = values.key(weight, self._epoch)
+        key = self._sampler.key(weight, self._epoch)
         if self._stored is not None and self._stored[2] == lipschitz:
             if not sharding.agreed(weight, self._verify or key != self._stored[0]):
                 return self._stored[3]

@@ -25,24 +25,42 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def sample(weight: Tensor) -> tuple[float, ...] | None:
-    """A few entries spread over a weight; None where reading them would make an accelerator wait.
+class Sampler:
+    """Reads a few entries spread over a weight; not where reading them would make an accelerator wait.
 
     It sees what the version counter does not: fused optimizers, writes through `.data`, sharded parameters.
+
+    Attributes:
+        place: where the weight lay when `picked` was made: a view, so that values are read as they are now.
     """
-    if weight.device.type != "cpu":
-        return None
-    flat = weight.detach().reshape(-1)
-    step = flat.numel() // _SAMPLE + 1
-    picked = flat[:: step | 1]
-    return tuple((torch.view_as_real(picked.resolve_conj()) if picked.is_complex() else picked).flatten().tolist())
+
+    def __init__(self) -> None:
+        """Begin without a view."""
+        self.place: tuple[object, ...] | None = None
+        self.picked: Tensor | None = None
+
+    def key(self, weight: Tensor, epoch: int) -> Key:
+        """Return what stays the same as long as nobody wrote to the weight."""
+        weight = local(weight)
+        version = -1 if weight.is_inference() else weight._version
+        kind, pointer = (weight.dtype, weight.device), weight.data_ptr()
+        if weight.device.type != "cpu":
+            return Key(version, pointer, epoch, kind, None)
+        place = (pointer, weight.dtype, weight.shape, weight.stride())
+        if self.picked is None or self.place != place or not weight.is_contiguous() or weight.is_complex():
+            self.place, self.picked = place, _picked(weight)
+        return Key(version, pointer, epoch, kind, tuple(self.picked.tolist()))
 
 
 def key(weight: Tensor, epoch: int) -> Key:
-    """What stays the same as long as nobody wrote to the weight."""
-    weight = local(weight)
-    version = -1 if weight.is_inference() else weight._version
-    return Key(version, weight.data_ptr(), epoch, (weight.dtype, weight.device), sample(weight))
+    """Return what stays the same as long as nobody wrote to the weight."""
+    return Sampler().key(weight, epoch)
+
+
+def _picked(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    picked = flat[:: flat.numel() // _SAMPLE + 1 | 1]
+    return torch.view_as_real(picked.resolve_conj()).flatten() if picked.is_complex() else picked
 
 
 def same(old: Key, new: Key) -> bool:

@@ -1,0 +1,112 @@
+"""`conv(x, W / d) + b` in one step: the quotient is not kept, and the divisor's gradient is subtracted in place."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from opnorm.parametrize.blocks import Triple
+from opnorm.parametrize.division import coefficient, composed, divisor, shared, subtract_direction_
+from opnorm.parametrize.views import View
+
+FUNCTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+class Geometry(NamedTuple):
+    """The arguments of a convolution besides its tensors."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Division(NamedTuple):
+    """By what a weight is divided, and how it is read as matrices."""
+
+    view: View
+    triple: Triple
+    lipschitz: float
+    clip: bool
+
+
+def geometry(dims: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Geometry | None:
+    """Return the arguments of `F.conv2d` and its kin in full; None for a padding by name."""
+    if isinstance(padding, str):
+        return None
+    return Geometry(_each(stride, dims), _each(padding, dims), _each(dilation, dims), groups)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    found = [value] if isinstance(value, int) else list(value)
+    return found * dims if len(found) == 1 else found
+
+
+class ScaledConv(Function):
+    """Divides the weight or the output, whichever is smaller."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, division: Division, shape: Geometry
+    ) -> Tensor:
+        """Convolve x of shape (n, channels, ...)."""
+        d = divisor(division.triple.sigma, division.lipschitz, division.clip).to(weight.dtype)
+        pixels = x[:, :1].numel()  # about as many as the output has, times the strides
+        for stride in shape.stride:
+            pixels //= stride
+        ctx.late = pixels * len(weight) < weight.numel()
+        ctx.division, ctx.shape, ctx.has_bias = division, shape, bias is not None
+        ctx.save_for_backward(x, weight)
+        if not ctx.late:
+            return _convolution(x, weight / d, bias, shape)
+        result = _convolution(x, weight, None, shape).div_(d)
+        return result if bias is None else result.add_(bias.reshape(-1, *(1 for _ in shape.stride)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Autograd's gradients of the convolution, and the divisor's in place."""
+        x, weight = ctx.saved_tensors
+        division, shape, needs = ctx.division, ctx.shape, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            return (*_again(x, weight, gradient, division, shape, needs), None, None)
+        triple, view = division.triple, division.view
+        d = divisor(triple.sigma, division.lipschitz, division.clip).to(weight.dtype)
+        wanted = (needs[0], needs[1], needs[2] and not ctx.late)
+        fed, kernel = (gradient / d, weight) if ctx.late else (gradient, weight / d)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            fed, x, kernel, [len(weight)], *shape[:3], False, [0] * len(shape.stride), shape.groups, wanted
+        )
+        if needs[2] and ctx.late:
+            grad_bias = gradient.sum([axis for axis in range(gradient.ndim) if axis != 1])
+        if needs[1]:
+            grad_weight = grad_weight.contiguous()
+            matrices = view.matrices(grad_weight)
+            along = torch.linalg.vecdot(matrices.flatten(1), view.matrices(kernel).flatten(1))
+            share = coefficient(triple.sigma, division.lipschitz, division.clip, shared(along, triple.sigma))
+            if not ctx.late:
+                grad_weight.div_(d)
+            subtract_direction_(matrices, triple, share)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Geometry) -> Tensor:
+    stride, padding, dilation, groups = shape
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _again(
+    x: Tensor, weight: Tensor, gradient: Tensor, division: Division, shape: Geometry, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients as differentiable functions of everything, for gradients of gradients."""
+    view = division.view
+    with torch.enable_grad():
+        value = composed(view.matrices(weight), division.triple, division.lipschitz, division.clip)
+        result = _convolution(x, view.weight(value, weight.shape), None, shape)
+    wanted = [tensor for tensor, need in zip((x, weight), needs, strict=False) if need]
+    found = iter(torch.autograd.grad(result, wanted, gradient, create_graph=True) if wanted else ())
+    grad_x = next(found) if needs[0] else None
+    grad_weight = next(found) if needs[1] else None
+    over = [axis for axis in range(gradient.ndim) if axis != 1]
+    return grad_x, grad_weight, gradient.sum(over) if needs[2] else None
