@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,20 +79,46 @@ def images(split: str, flat: bool = True) -> Tensor:
     return pictures.flatten(1) if flat else pictures.reshape(-1, 1, 8, 8)
 
 
-def trained(model: nn.Module, epochs: int = 30, temperature: float = 1.0) -> nn.Module:
+def trained(model: nn.Module, epochs: int = 30, temperature: float = 1.0, rate: float = 1e-3) -> nn.Module:
     flat = not isinstance(model[0], nn.Conv2d)
     data, labels = images("train", flat), digits().train_labels
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs, eta_min=rate / 10)
     for _ in range(epochs):
-        for batch in torch.randperm(len(data)).split(64):
+        for batch in torch.randperm(len(data)).split(64 if temperature == 1.0 else 128):
             optimiser.zero_grad()
             nn.functional.cross_entropy(temperature * model(data[batch]), labels[batch]).backward()
             optimiser.step()
+        schedule.step()
     return model.eval()
 
 
-def unit_norms(layers: int = 8, epochs: int = 60, temperature: float = 20.0) -> nn.Module:
+def unit_norms(layers: int = 8, temperature: float = 12.0) -> nn.Module:
     """A chain whose layers have norm 1 each, trained that way and stored as plain weights."""
     model = mlp(*[64] * layers, 10)
+    for module in model:
+        if isinstance(module, nn.Linear):
+            nn.init.orthogonal_(module.weight)
+            nn.init.zeros_(module.bias)
     opnorm.normalize(model, images("train")[:2])
-    return opnorm.fold(trained(model, epochs, temperature)).eval()
+    return opnorm.fold(trained(model, 40, temperature, 4e-3)).eval()
+
+
+def stacked(model: nn.Module) -> dict[str, np.ndarray]:
+    """A chain or a residual MLP as rows over (x, v_1, v_2, ...), for a solver that knows no networks."""
+    matrices = [m.weight.detach().double().numpy() for m in model.modules() if isinstance(m, nn.Linear)]
+    if isinstance(model, ResidualMLP):
+        blocks = len(model.a)
+        first, second, last = matrices[:blocks], matrices[blocks:-1], matrices[-1]
+    else:
+        first, second, last = matrices[:-1], [np.eye(len(w)) for w in matrices[:-1]], matrices[-1]
+    inputs = first[0].shape[1]
+    identity = np.eye(inputs + sum(len(w) for w in first))
+    state, at, reads = identity[:inputs], inputs, []
+    for before, after in zip(first, second, strict=True):
+        reads.append(before @ state)
+        added = after @ identity[at : at + len(before)]
+        state = state + added if isinstance(model, ResidualMLP) else added
+        at += len(before)
+    chain = {} if isinstance(model, ResidualMLP) else {f"w{i}": w for i, w in enumerate(matrices)}
+    return {"reads": np.concatenate(reads), "out": last @ state, "inputs": np.array(inputs), **chain}

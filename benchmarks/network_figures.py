@@ -1,132 +1,190 @@
-"""The networks of the guide's table: lower bound, product, and each form of the calculus, with the proof.
+"""The networks of the guide's table: every form of the calculus, with proof, beside LipSDP and eclipse-nn.
 
-    python benchmarks/network_figures.py [--seeds 10] [--out benchmarks/results/network_figures.json]
+    python benchmarks/network_figures.py [--rivals rivals/bin/python] [--seeds 10] [--rival-seeds 10] [--only NAME]
 
 Random rows: the stated dimensions, He initialisation, the median over seeds. Trained rows: trained here on the
-packaged digits. Times are CPU seconds of one thread.
+packaged digits. Times are CPU seconds of one thread; those of `proved` are of the search and the proof. The rivals run
+in an interpreter of their own (see network_rivals.py), on the first `--rival-seeds` networks of each row.
 """
 
 import argparse
-import itertools
 import json
-import math
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import network_builders as build
+import numpy as np
 import torch
+from environment import environment
 from torch import Tensor, nn
 
 from opnorm.certificate.network.check import chain_of
 from opnorm.certificate.network.proof import prove
-from opnorm.data import digits
 from opnorm.graph import export
 from opnorm.network.covariance import bound_squared
 from opnorm.network.lower import Function, attained
 from opnorm.network.multipliers.adam import adam
 from opnorm.network.multipliers.afp import adjoint_fixed_point
 from opnorm.network.multipliers.fast import fast
-from opnorm.network.multipliers.sweep import sweep
 from opnorm.network.naive import naive
 from opnorm.network.rules import program_of
+from opnorm.network.search import search
 
-Row = dict[str, float]
-
-
-class ResidualMLP(nn.Module):
-    def __init__(self, width: int = 12, inner: int = 16, blocks: int = 3, out: int = 4) -> None:
-        super().__init__()
-        self.a = nn.ModuleList(nn.Linear(width, inner) for _ in range(blocks))
-        self.b = nn.ModuleList(nn.Linear(inner, width) for _ in range(blocks))
-        self.out = nn.Linear(width, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for a, b in zip(self.a, self.b, strict=True):
-            x = x + b(torch.relu(a(x)))
-        return self.out(x)
+RESULT = Path(__file__).parent / "results" / "network_figures.json"
+RIVALS = Path(__file__).parent / "network_rivals.py"
+Row = dict[str, object]
+Result = TypeVar("Result")
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        make: builds the network.
+        shape: of one sample; () for the digits as rows, (1, 8, 8) for the digits as images.
+        count: number of seeds; 1 for trained networks.
+        rivals: which of them can read it.
+        calculus: the form to use.
+        seconds: budget of the search.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...] = ()
+    count: int = 10
+    rivals: tuple[str, ...] = ("lipsdp", "eclipse", "eclipse_fast")
+    calculus: str = "dense"
+    seconds: float = 60.0
 
 
-def he(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=math.sqrt(2 / module.in_features))
-            nn.init.zeros_(module.bias)
-    return model
+CASES = {
+    "random 16-24x3-4": Case(lambda: build.he(build.mlp(16, 24, 24, 24, 4)), (16,)),
+    "random 20-40x5-3": Case(lambda: build.he(build.mlp(20, *[40] * 5, 3)), (20,), rivals=("eclipse_fast",)),
+    "random 64-64x10-10": Case(lambda: build.he(build.mlp(*[64] * 11, 10)), (64,), rivals=("eclipse_fast",)),
+    "digits MLP 64-64-64-10": Case(lambda: build.trained(build.mlp(64, 64, 64, 10)), count=1),
+    "digits MLP 64-64x8-10": Case(
+        lambda: build.trained(build.mlp(*[64] * 9, 10)), count=1, rivals=("eclipse", "eclipse_fast")
+    ),
+    "digits CNN 64-512-256-10": Case(lambda: build.trained(build.cnn()), (1, 8, 8), 1, ()),
+    "digits, 8 layers, norms 1": Case(build.unit_norms, count=1, rivals=("eclipse_fast",)),
+    "residual MLP, 3 blocks (12/16)": Case(lambda: build.he(build.ResidualMLP()), (12,), rivals=("lipsdp",)),
+    "residual MLP, variance 1 / fan in": Case(lambda: build.he(build.ResidualMLP(), 1.0), (12,), rivals=("lipsdp",)),
+    "residual CNN 32x6 at 32 x 32, circular": Case(build.ResidualCNN, (32, 32, 32), 1, (), "fourier"),
+    "random 784-128x8-10": Case(lambda: build.he(build.mlp(784, *[128] * 8, 10)), (784,), 3, ("eclipse_fast",)),
+}
 
 
-def trained(model: nn.Module, epochs: int = 30) -> nn.Module:
-    data = digits()
-    images, labels = data.train_images.flatten(1), data.train_labels
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(64):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimiser.step()
-    return model.eval()
+def example(case: Case) -> Tensor:
+    if case.shape and case.shape[0] != 1:
+        return torch.randn(4 if len(case.shape) > 1 else 64, *case.shape)
+    return build.images("test", flat=not case.shape)
 
 
-def measure(model: nn.Module, example: Tensor, adam_rounds: int) -> Row:
-    graph = export(model, example)
+def measure(model: nn.Module, case: Case) -> Row:
+    batch = example(case)
+    graph = export(model, batch)
     program = program_of(graph)
-    pair = attained(Function(graph, (example[:2],)), example[:64].double(), ascent=60)
+    pair = attained(Function(graph, (batch[:2],)), batch[:32].flatten(1).double(), ascent=60)
     row: Row = {"LB": pair.quotient if pair else 0.0, "product": naive(program, graph.weights).total}
     started = time.process_time()
-    chain = chain_of(program, graph.weights, "dense")
+    chain = chain_of(program, graph.weights, case.calculus)
+    ready = time.process_time() - started
     with torch.no_grad():
-        quick = fast(chain)
-        row["fast"], row["fast s"] = bound_squared(quick).item() ** 0.5, time.process_time() - started
-        start = min((quick, sweep(chain, quick)), key=lambda r: bound_squared(r).item())
-        better = adjoint_fixed_point(chain, start, 15)
-        row["afp15"], row["afp15 s"] = bound_squared(better).item() ** 0.5, time.process_time() - started
-        ready = time.process_time()
-        row["proved"], row["proof s"] = prove(chain, better.multipliers).upper, time.process_time() - ready
-        if adam_rounds:
-            row[f"adam{adam_rounds}"] = prove(chain, adam(chain, better, adam_rounds).multipliers).upper
+        quick, row["fast s"] = timed(lambda: fast(chain))
+        row["fast"] = bound_squared(quick).item() ** 0.5
+        better, row["afp15 s"] = timed(lambda: adjoint_fixed_point(chain, quick, 15))
+        row["afp15"] = bound_squared(better).item() ** 0.5
+        row["afp15 proved"], row["proof s"] = timed(lambda: prove(chain, better.multipliers).upper)
+        row["afp15 total s"] = ready + row["fast s"] + row["afp15 s"] + row["proof s"]  # type: ignore[operator]
+    if case.calculus == "dense":
+        polished, row["adam60 s"] = timed(lambda: adam(chain, better, 60))
+        row["adam60"] = bound_squared(polished).item() ** 0.5
+    found, spent = timed(lambda: search(chain, case.seconds, target=float(row["LB"])))  # type: ignore[arg-type]
+    row["proved"], proof = timed(lambda: prove(chain, found.multipliers).upper)
+    row["proved s"], row["method"] = ready + spent + proof, found.method
+    if found.method == "afp" and case.calculus == "dense":
+        found, row["to the optimum s"] = timed(lambda: search(chain, case.seconds))
+        row["to the optimum"] = prove(chain, found.multipliers).upper
     return row
 
 
-def table(seeds: int) -> dict[str, tuple[Callable[[], nn.Module], int, int, int]]:
-    """Name -> (builder, input size, number of seeds, Adam rounds)."""
-    return {
-        "random 16-24x3-4": (lambda: he(mlp(16, 24, 24, 24, 4)), 16, seeds, 60),
-        "random 20-40x5-3": (lambda: he(mlp(20, 40, 40, 40, 40, 40, 3)), 20, seeds, 60),
-        "random 64-64x10-10": (lambda: he(mlp(*[64] * 11, 10)), 64, seeds, 60),
-        "digits MLP 64-64-64-10": (lambda: trained(mlp(64, 64, 64, 10)), 64, 1, 60),
-        "digits MLP 64-64x8-10": (lambda: trained(mlp(*[64] * 9, 10)), 64, 1, 60),
-        "residual MLP, 3 blocks (12/16)": (lambda: he(ResidualMLP()), 12, seeds, 60),
-        "random 784-128x8-10": (lambda: he(mlp(784, *[128] * 8, 10)), 784, min(seeds, 3), 0),
-    }
+def timed(run: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.process_time()
+    return run(), time.process_time() - started
+
+
+def rival(python: str | None, which: str, model: nn.Module, limit: float) -> Row:
+    """What one of the others says, or why it says nothing."""
+    if python is None:
+        return {which: "not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.npz"
+        np.savez(path, **build.stacked(model))
+        try:
+            command = [python, str(RIVALS), str(path), which]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        except subprocess.TimeoutExpired:
+            return {which: f"no answer in {limit:g} s"}
+    if done.returncode:
+        return {which: "not installed" if "ModuleNotFoundError" in done.stderr else done.stderr.splitlines()[-1]}
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return {which: answer["value"], f"{which} s": answer["seconds"]}
+
+
+def median_of(rows: list[Row]) -> Row:
+    """Medians of what is a number in some rows, and the first of the rest."""
+    out: Row = {}
+    for key in dict.fromkeys(k for row in rows for k in row):
+        values = [row[key] for row in rows if key in row]
+        numbers = [v for v in values if isinstance(v, int | float)]
+        out[key] = statistics.median(numbers) if numbers else values[0]
+    ratios = [row["proved / lipsdp"] for row in rows if "proved / lipsdp" in row]
+    if ratios:
+        out["largest proved / lipsdp"] = max(ratios)  # type: ignore[type-var]
+    return out | {"networks": len(rows), "networks with lipsdp": len(ratios)}
+
+
+def save(path: Path, rows: dict[str, Row]) -> None:
+    """After every network, so that an interrupted run leaves what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rivals", help="the interpreter that has cvxpy and eclipse-nn")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "network_figures.json")
+    parser.add_argument("--rival-seeds", type=int, default=10)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one answer of a rival")
+    parser.add_argument("--only", action="append", help="part of a row's name; the other rows keep their figures")
+    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    results: dict[str, Row] = {}
-    for name, (build, size, count, rounds) in table(arguments.seeds).items():
-        rows = []
-        for seed in range(count):
+    results = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() and arguments.only else {}
+    for name, case in CASES.items():
+        if arguments.only and not any(part in name for part in arguments.only):
+            continue
+        rows: list[Row] = []
+        for seed in range(min(case.count, arguments.seeds)):
             torch.manual_seed(seed)
-            model = build()
-            example = digits().test_images.flatten(1) if name.startswith("digits") else torch.randn(64, size)
-            rows.append(measure(model, example, rounds))
-        results[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
+            model = case.make()
+            row = measure(model, case)
+            for which in case.rivals if seed < arguments.rival_seeds else ():
+                if which == "eclipse" and seed:  # its accurate form takes minutes: once for each row
+                    continue
+                row.update(rival(arguments.rivals, which, model, arguments.limit))
+            if isinstance(row.get("lipsdp"), float):
+                row["proved / lipsdp"] = row["proved"] / row["lipsdp"]  # type: ignore[operator]
+            rows.append(row)
+            results[name] = median_of(rows)
+            save(arguments.out, results)
+        shown = "  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[name].items())
         print(f"{name:32} {shown}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        json.dumps({"torch": torch.__version__, "seeds": arguments.seeds, "rows": results}, indent=1)
-    )
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def study(seed: int) -> dict[str, object]:
         for form in ("dense", "fourier"):
             try:
                 chain = chain_of(program, graph.weights, form)
-                uppers[form] = prove(chain, search(chain, 0.3, "afp").multipliers).upper
+                uppers[form] = prove(chain, search(chain, 0.3).multipliers).upper
             except (UnsupportedLayerError, TooLargeError, CertificateError, torch.linalg.LinAlgError):
                 continue
         scales = torch.logspace(-2, 2, 12, dtype=torch.float64).reshape(-1, *([1] * len(shape)))

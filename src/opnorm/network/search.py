@@ -22,6 +22,7 @@ _AFP_ITERATIONS = 30
 _ADAM_ITERATIONS = 60
 _NEWTON_STEPS = 80
 _NEWTON_TYPICAL = 30
+_NEWTON_SHARE = 0.7  # the rest is for Adam, should it fail or be too slow
 _CLOSE = 1.005
 _ADJOINT_BYTES = 1.5e9
 
@@ -75,9 +76,10 @@ def search(chain: Chain, seconds: float, upto: str = METHODS[-1], target: float 
         attempt(2, 2, _AFP_ITERATIONS, 3, lambda rounds, left: adjoint_fixed_point(chain, best, rounds))
         step = seconds_per_step(chain)
         left = seconds - (time.monotonic() - started)
-        if applies(chain) and last == len(METHODS) - 1 and _NEWTON_TYPICAL * step < left:
-            attempt(4, 0, _NEWTON_STEPS, 1, lambda rounds, left: newton(chain, best, rounds, seconds=left))
-        else:
+        if applies(chain) and last == len(METHODS) - 1 and _NEWTON_TYPICAL * step < _NEWTON_SHARE * left:
+            share = _NEWTON_SHARE * left
+            attempt(4, 0, _NEWTON_STEPS, 1, lambda rounds, left: newton(chain, best, rounds, seconds=share))
+        if name != METHODS[-1]:
             attempt(3, 5, _ADAM_ITERATIONS, 10, lambda rounds, left: adam(chain, best, rounds, seconds=left))
     return Found(best.multipliers, _size(best), name)
 
