@@ -1,6 +1,6 @@
 """Verify a network's certificate from the weights alone: nothing of the search is used."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opnorm.certificate.network.activations import activation_slopes
+from opnorm.certificate.network.cost import fourier_cost
 from opnorm.certificate.network.file import NetworkCertificate, digest, read_names
 from opnorm.certificate.network.fourier_chain import fourier_chain
 from opnorm.certificate.network.maps import Weights
@@ -68,7 +69,7 @@ def verify_network(certificate: NetworkCertificate | str | PathLike[str], weight
         if certificate.digests.get(name) != digest(weights[name]):
             raise CertificateError(f"the weight {name!r} is not the one that was certified")
     check_slopes(certificate.program, weights)
-    proof = prove(chain_of(certificate.program, weights, certificate.calculus), certificate.multipliers)
+    proof = prove(chains_of(certificate.program, weights, certificate.calculus), certificate.multipliers)
     if not proof.upper <= certificate.upper:
         raise CertificateError(f"the claim is {certificate.upper!r}, but only {proof.upper!r} could be proved")
     return Verified(certificate.upper, proof, certificate.assumptions)
@@ -97,6 +98,15 @@ def chain_of(program: Program, weights: Weights, calculus: str) -> Chain:
     if calculus == "fourier":
         return fourier_chain(program, weights)
     raise CertificateError(f"there is no calculus {calculus!r}")
+
+
+def chains_of(program: Program, weights: Weights, calculus: str) -> Iterator[Chain]:
+    """The same in as many parts, one after the other, as memory asks for; they share their multipliers."""
+    parts = fourier_cost(program).parts() if calculus == "fourier" else []
+    if len(parts) < 2:
+        yield chain_of(program, weights, calculus)
+    else:
+        yield from (fourier_chain(program, weights, part=part) for part in parts)
 
 
 def check_slopes(program: Program, weights: Weights) -> None:
