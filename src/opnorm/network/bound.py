@@ -29,7 +29,7 @@ from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS, _LONGEST = 30.0, 300.0
-_LOWER_SHARE = 0.25
+_LOWER_SHARE, _LOWER_SECONDS = 0.25, 10.0
 _DENSE_FIRST = 1100
 _SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
 _FOLDED = (
@@ -162,8 +162,9 @@ def lipschitz(
     where = None if region is None else _placed(program, region)
     seconds, longest = (_DEFAULT_SECONDS, _LONGEST) if time_budget is None else (time_budget, time_budget)
     remarks = [_FOLDED] if is_parametrized(model) else []
-    pair = _lower(graph, example_input, where, seconds * _LOWER_SHARE)
-    seconds *= 1 - _LOWER_SHARE
+    look = min(seconds * _LOWER_SHARE, _LOWER_SECONDS)
+    pair = _lower(graph, example_input, where, look)
+    seconds -= look
     target = pair.quotient if pair else 0.0
     calculus = partial(_calculus, graph=graph, method=method, guarantee=guarantee, pairs=pairs, target=target)
     if where is None:
