@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm._enclosure import Guarantee
-from opnorm.certificate.network.check import SLACK, chain_of
+from opnorm.certificate.network.check import SLACK, chain_of, chains_of
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
 from opnorm.certificate.network.program import Elementwise, Opaque, Program
 from opnorm.certificate.network.proof import prove

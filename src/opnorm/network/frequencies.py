@@ -1,12 +1,11 @@
 """The search in Fourier space where all stages of all frequencies together would fill the memory."""
 
 import time
-from collections.abc import Iterable
 
 import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from opnorm.certificate.network.check import chain_of, chains_of
+from opnorm.certificate.network.check import chain_of
 from opnorm.certificate.network.cost import Cost, dense_cost, fourier_cost
 from opnorm.certificate.network.fourier_chain import fourier_chain, fourier_walk
 from opnorm.certificate.network.maps import Weights
@@ -32,7 +31,7 @@ def affordable(
     *,
     target: float,
     longest: float,
-) -> tuple[Found, Iterable[Chain]]:
+) -> tuple[Found, Chain | None]:
     """Search for multipliers in the way that time and memory allow.
 
     Args:
@@ -45,7 +44,8 @@ def affordable(
         longest: seconds that one pass and the proof may take.
 
     Returns:
-        What was found, and the chains that are to be proved with it, in parts where they are large.
+        What was found, and the chain that it was found on; None where that is too large to be held, and is to be
+        proved in the parts that `chains_of` makes.
 
     Raises:
         TooLargeError: if the calculus would take too long or too much memory; nothing was begun then.
@@ -60,8 +60,8 @@ def affordable(
         )
     if calculus == "dense" or len(cost.parts()) == 1:
         chain = chain_of(program, weights, calculus)
-        return search(chain, seconds, upto, target), (chain,)
-    return search_by_parts(program, weights, cost, seconds, upto), chains_of(program, weights, calculus)
+        return search(chain, seconds, upto, target), chain
+    return search_by_parts(program, weights, cost, seconds, upto), None
 
 
 def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: float, upto: str) -> Found:
