@@ -195,8 +195,8 @@ def _calculus(
     method: str,
     guarantee: Guarantee,
     seconds: float,
-    pairs: str,
     longest: float,
+    pairs: str,
     target: float,
     remarks: list[str],
 ) -> _Candidate | None:
@@ -220,7 +220,7 @@ def _calculus(
             continue
         pairwise = proof.pairwise
         if pairs == "each" and pairwise is not None and chain is None:
-            remarks.append("the network is too large for a search for each pair of outputs: these keep the joint bound")
+            remarks.append("the network is proved in parts, so its pairs of outputs keep the joint bound")
         elif pairs == "each" and pairwise is not None and chain is not None:
             pairwise, missed = each_pair(chain, found.multipliers, pairwise, seconds / 2)
             if missed:
