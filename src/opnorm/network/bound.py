@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm._enclosure import Guarantee
-from opnorm.certificate.network.check import SLACK, chain_of
+from opnorm.certificate.network.check import SLACK, chain_of, chains_of
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
 from opnorm.certificate.network.program import Elementwise, Opaque, Program
 from opnorm.certificate.network.proof import prove
@@ -29,7 +29,7 @@ from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS, _LONGEST = 30.0, 300.0
-_LOWER_SHARE = 0.25
+_LOWER_SHARE, _LOWER_SECONDS = 0.25, 10.0
 _DENSE_FIRST = 1100
 _SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
 _FOLDED = (
@@ -163,8 +163,9 @@ def lipschitz(
     where = None if region is None else _placed(program, region)
     seconds, longest = (_DEFAULT_SECONDS, _LONGEST) if time_budget is None else (time_budget, time_budget)
     remarks = [_FOLDED] if is_parametrized(model) else []
-    pair = _lower(graph, example_input, where, seconds * _LOWER_SHARE)
-    seconds *= 1 - _LOWER_SHARE
+    look = min(seconds * _LOWER_SHARE, _LOWER_SECONDS)
+    pair = _lower(graph, example_input, where, look)
+    seconds -= look
     target = pair.quotient if pair else 0.0
     calculus = partial(_calculus, graph=graph, method=method, guarantee=guarantee, pairs=pairs, target=target)
     if where is None:
@@ -211,20 +212,20 @@ def _calculus(
     for calculus in forms:
         try:
             share = seconds if pairs == "joint" else seconds / 2
-            found, chains = affordable(program, graph.weights, calculus, share, upto, target=target, longest=longest)
+            found, chain = affordable(program, graph.weights, calculus, share, upto, target=target, longest=longest)
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
-            proof = prove(chains, found.multipliers)
+            proof = prove(chain or chains_of(program, graph.weights, calculus), found.multipliers)
         except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
         pairwise = proof.pairwise
-        if pairs == "each" and pairwise is not None and isinstance(chains, tuple):
-            pairwise, missed = each_pair(chains[0], found.multipliers, pairwise, seconds / 2)
+        if pairs == "each" and pairwise is not None and chain is None:
+            remarks.append("the network is proved in parts, so its pairs of outputs keep the joint bound")
+        elif pairs == "each" and pairwise is not None and chain is not None:
+            pairwise, missed = each_pair(chain, found.multipliers, pairwise, seconds / 2)
             if missed:
                 remarks.append(f"{missed} pairs of outputs were not reached in time and keep the joint bound")
-        elif pairs == "each" and pairwise is not None:
-            remarks.append("the network is proved in parts, so its pairs of outputs keep the joint bound")
         return _Candidate(proof.upper * SLACK, None if pairwise is None else pairwise * SLACK, found, calculus)
     return None
 

@@ -1,26 +1,25 @@
 """The search in Fourier space where all stages of all frequencies together would fill the memory."""
 
 import time
-from collections.abc import Iterator
 
 import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from opnorm.certificate.network.check import chain_of, chains_of
+from opnorm.certificate.network.check import chain_of
 from opnorm.certificate.network.cost import Cost, dense_cost, fourier_cost
 from opnorm.certificate.network.fourier_chain import fourier_chain, fourier_walk
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Program
 from opnorm.certificate.network.stages import Chain
 from opnorm.errors import TooLargeError
-from opnorm.network.covariance import fixed
 from opnorm.network.lockstep import lockstep
 from opnorm.network.multipliers.fast import closed_form
-from opnorm.network.search import METHODS, Found, search
+from opnorm.network.multipliers.sweep import shapes_by_parts, twice_least
+from opnorm.network.search import Found, search
 
 _HELD_BYTES = 3e9
-_SAMPLE = 6
-_LAST = METHODS.index("afp")
+_SWEEP = 2.5
+"""Cost of a sweep by parts in passes of Fast."""
 
 
 def affordable(
@@ -32,7 +31,7 @@ def affordable(
     *,
     target: float,
     longest: float,
-) -> tuple[Found, tuple[Chain] | Iterator[Chain]]:
+) -> tuple[Found, Chain | None]:
     """Search for multipliers in the way that time and memory allow.
 
     Args:
@@ -45,7 +44,8 @@ def affordable(
         longest: seconds that one pass and the proof may take.
 
     Returns:
-        What was found, and the chains that are to be proved with it, in parts where they are large.
+        What was found, and the chain that it was found on; None where that is too large to be held, and is to be
+        proved in the parts that `chains_of` makes.
 
     Raises:
         TooLargeError: if the calculus would take too long or too much memory; nothing was begun then.
@@ -60,19 +60,21 @@ def affordable(
         )
     if calculus == "dense" or len(cost.parts()) == 1:
         chain = chain_of(program, weights, calculus)
-        return search(chain, seconds, upto, target), (chain,)
-    return search_by_parts(program, weights, cost, seconds, upto), chains_of(program, weights, calculus)
+        return search(chain, seconds, upto, target), chain
+    return search_by_parts(program, weights, cost, seconds, upto), None
 
 
 def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: float, upto: str) -> Found:
-    """Fast over all frequencies; then a search on a few of them, whose multipliers one more pass makes fit all.
+    """Fast over all frequencies, one stage at a time; then a sweep, one part at a time, where there is time for it.
+
+    A search on some of the frequencies is of no use: what it saves there costs more at the others.
 
     Args:
         program: what the network computes.
         weights: its stored weights, by name.
         cost: of the calculus on it.
-        seconds: budget; Fast runs in any case.
-        upto: the last method to try; Adam's tape would take too much memory.
+        seconds: budget, the proof included; Fast runs in any case.
+        upto: the last method to try; those after the sweep would need many passes.
     """
     parts = cost.parts()
     started = time.monotonic()
@@ -80,17 +82,12 @@ def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: flo
         multipliers, bound = lockstep([fourier_walk(program, weights, part=p) for p in parts], closed_form)
         best = Found(multipliers, bound, "fast")
         once = time.monotonic() - started
-        sample = cost.sample(_SAMPLE)
-        upto = METHODS[min(METHODS.index(upto), _LAST)]
-        # Two passes to come, and a few rounds on the sample, or there is nothing to gain.
-        left = seconds - 2 * once
-        if upto == "fast" or left < 10 * once * len(sample) / cost.frequencies:
+        if upto == "fast" or seconds - once < once * (_SWEEP + cost.proof / cost.search):
             return best
         try:
-            found = search(fourier_chain(program, weights, part=sample), left, upto)
+            shapes = shapes_by_parts((fourier_chain(program, weights, part=p) for p in parts), multipliers)
             walks = [fourier_walk(program, weights, part=p) for p in parts]
-            multipliers, bound = lockstep(walks, fixed(found.multipliers))
+            found = Found(*lockstep(walks, twice_least(shapes)), "sweep")
         except LinAlgError:  # numbers so far apart that a factorisation fails: no claim is lost
             return best
-    return min(best, Found(multipliers, bound, f"{found.method} on {len(sample)} of {cost.frequencies} frequencies"),
-               key=lambda f: f.estimate)  # fmt: skip
+    return min(best, found, key=lambda f: f.estimate)

@@ -14,7 +14,7 @@ from opnorm.certificate.network.program import Elementwise, Input, Opaque, Progr
 from opnorm.certificate.network.stages import last_readers
 from opnorm.certificate.network.torus import Layout, layout
 
-_RATE = 1e10
+_RATE = 8e9
 """Flops a second of one thread in small complex products and factorisations; large real ones take half the time."""
 _PART_BYTES = 7e8
 
@@ -46,11 +46,6 @@ class Cost:
         """The coarse frequencies in parts of a bounded memory."""
         size = max(1, int(_PART_BYTES / self.each))
         return list(torch.split(torch.arange(self.frequencies), size))
-
-    def sample(self, most: int) -> Tensor:
-        """A few coarse frequencies for a search, spread over all."""
-        count = max(1, min(most, self.frequencies, int(_PART_BYTES / self.each)))
-        return torch.arange(count) * self.frequencies // count
 
 
 def fourier_cost(program: Program) -> Cost:

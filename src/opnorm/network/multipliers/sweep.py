@@ -1,10 +1,12 @@
 """Sweep: one forward and one backward pass balance the two sides of every neuron."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
 from opnorm.certificate.network.stages import Chain, Stage
-from opnorm.network.covariance import Forward, forward, per_group, ratio
+from opnorm.network.covariance import Chooser, Forward, forward, given, per_group, ratio
 from opnorm.network.multipliers.afp import adjoint
 
 
@@ -14,20 +16,47 @@ def sweep(chain: Chain, begin: Forward) -> Forward:
     Qf is the covariance before the neuron, Qb that of the outputs' sensitivity to it, both for the multipliers of
     `begin` and all output directions.
     """
-    sides = adjoint(chain, begin, directions=chain.out.height, sharpness=0.0)
-    shapes = []
-    for passed, (_, w) in zip(begin.choices, sides, strict=True):
-        stage = passed.stage
-        ahead = passed.b.diagonal(dim1=-2, dim2=-1).real.mean(0)
-        ahead = per_group(stage.groups, stage.count, ahead)
-        behind = per_group(stage.free_groups, stage.count, w.abs().square().sum((0, 2)))
-        shapes.append(((ahead + 1e-12 * _peak(ahead)) / (behind + 1e-12 * _peak(behind))).sqrt())
+    return forward(chain, twice_least(_shapes(*_balance(chain, begin))))
+
+
+def shapes_by_parts(chains: Iterable[Chain], multipliers: Sequence[Tensor]) -> list[Tensor]:
+    """The same S0 from the parts of a chain, one after the other, with feasible multipliers for all of them."""
+    ahead: list[Tensor] = []
+    behind: list[Tensor] = []
+    for chain in chains:
+        more = _balance(chain, forward(chain, given(multipliers)))
+        ahead, behind = _added(ahead, more[0]), _added(behind, more[1])
+    return _shapes(ahead, behind)
+
+
+def twice_least(shapes: Sequence[Tensor]) -> Chooser:
+    """A chooser that scales S0 to twice the smallest feasible size."""
 
     def choose(number: int, stage: Stage, b: Tensor) -> Tensor:
         times = 1 + 1e-7 if stage.decoupled else 2.0
         return times * shapes[number] * ratio(stage, b, shapes[number]).clamp_min(1e-280)
 
-    return forward(chain, choose)
+    return choose
+
+
+def _balance(chain: Chain, begin: Forward) -> tuple[list[Tensor], list[Tensor]]:
+    """For each choice and group, the sums over all blocks of Qf and of Qb."""
+    sides = adjoint(chain, begin, directions=chain.out.height, sharpness=0.0)
+    ahead, behind = [], []
+    for passed, (_, w) in zip(begin.choices, sides, strict=True):
+        stage = passed.stage
+        diagonal = passed.b.diagonal(dim1=-2, dim2=-1).real.sum(0)
+        ahead.append(per_group(stage.groups, stage.count, diagonal))
+        behind.append(per_group(stage.free_groups, stage.count, w.abs().square().sum((0, 2))) * len(begin.output))
+    return ahead, behind
+
+
+def _added(one: list[Tensor], two: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(one, two, strict=True)] if one else two
+
+
+def _shapes(ahead: list[Tensor], behind: list[Tensor]) -> list[Tensor]:
+    return [((a + 1e-12 * _peak(a)) / (b + 1e-12 * _peak(b))).sqrt() for a, b in zip(ahead, behind, strict=True)]
 
 
 def _peak(values: Tensor) -> Tensor:
