@@ -1,6 +1,7 @@
 """`opnorm.lipschitz`: the Lipschitz constant of a network, bounded from both sides."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm._enclosure import Guarantee
 from opnorm.certificate.network.check import SLACK, chain_of
+from opnorm.certificate.network.composition import composed, stated_norms
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
-from opnorm.certificate.network.program import Elementwise, Opaque, Program
+from opnorm.certificate.network.program import Calculus, Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
 from opnorm.certificate.network.proof import Proof, prove
 from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
 from opnorm.graph import Graph, export
@@ -25,8 +27,13 @@ from opnorm.network.table import table_of
 
 _DEFAULT_SECONDS = 30.0
 _DENSE_FIRST = 1100
+_AS_GOOD = 1 + 1e-6
 _SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
+_FORMS: dict[str, tuple[Calculus, ...]] = {"dense": ("dense",), "fourier": ("fourier",)}
+_PARTS = 4
 _METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,24 @@ class NodeBound:
     """One step of the network.
 
     Attributes:
-        place: qualified module name and operation.
+        place: where it comes from: qualified module name and operation.
+        kind: `input`, `linear`, `activation`, `join` (sums and concatenations), or `opaque` where only its constant is
+            known.
+        shape: of its result, for one sample.
+        sources: positions among the nodes of what it reads.
         constant: how much the step can stretch what it reads.
+        contribution: by how much it changes the running bound: `bound` over the largest bound of its sources. Smaller
+            than `constant` where a BatchNorm is better taken together with the convolution before it.
         bound: of the step as a function of the network's inputs, by the naive rules.
         note: why the constant is what it is, where that is not obvious.
     """
 
     place: str
+    kind: str
+    shape: tuple[int, ...]
+    sources: tuple[int, ...]
     constant: float
+    contribution: float
     bound: float
     note: str = ""
 
@@ -72,20 +89,22 @@ class NetworkBound:
     method: str
     pair: Pair | None
     remarks: tuple[str, ...]
-    _certificate: NetworkCertificate | None
+    _certify: Callable[[], NetworkCertificate]
 
     def certificate(self) -> NetworkCertificate:
-        """The certificate of what the calculus proved, to be saved and verified by others.
+        """The certificate of the bound, to be saved and verified by others.
 
-        Its claim is `upper`, or a little more where the naive rules are as good.
+        Its claim is `upper`, or a little more: the verifier proves norms in its own way.
 
         Raises:
-            CertificateError: if only the naive rules apply, nothing was proved, or the bound is one on a region.
+            CertificateError: if the bound is an estimate, infinite, or holds on a region only.
         """
-        if self._certificate is None:
-            reasons = "; ".join(self.remarks) or "it is the naive composition"
-            raise CertificateError(f"there is no certificate for this bound ({self.method}): {reasons}")
-        return self._certificate
+        return self._certify()
+
+    @property
+    def gap(self) -> float:
+        """Upper over lower, minus 1; infinite where no lower bound was found."""
+        return 0.0 if self.upper == 0.0 else self.upper / self.lower - 1 if self.lower > 0 else math.inf
 
     def __float__(self) -> float:
         """The upper bound."""
@@ -104,6 +123,7 @@ def lipschitz(
     guarantee: Guarantee = "proved",
     region: Region | None = None,
     time_budget: float | None = None,
+    progress: Progress | None = None,
 ) -> NetworkBound:
     """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
 
@@ -116,6 +136,7 @@ def lipschitz(
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
         region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
         time_budget: seconds for the search; 30 by default.
+        progress: called before each part of the work with how much is done, of how much, and what comes.
 
     Returns:
         The bounds; printing gives a table.
@@ -140,24 +161,34 @@ def lipschitz(
         raise ArgumentError(f"method={method!r}: it is one of {', '.join(_METHODS)}")
     if guarantee not in ("proved", "estimate"):
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
+    tell = progress or _silent
+    tell(0, _PARTS, "reading the model")
     graph = export(model, example_input)
     program = program_of(graph)
+    tell(1, _PARTS, "looking for a lower bound")
     where = None if region is None else _placed(program, region)
     pair = _lower(graph, example_input, where)
     seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
     remarks: list[str] = []
     target = pair.quotient if pair else 0.0
+    tell(2, _PARTS, "norms of the steps")
     if where is None:
         plain = naive(program, graph.weights)
-        best = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds, target=target, remarks=remarks)
+        best = _calculus(
+            program, graph, method, guarantee=guarantee, seconds=seconds, target=target, remarks=remarks, progress=tell
+        )
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
     local = _localised(program, graph, example_input, where)
     plain = naive(local, graph.weights)
-    best = _calculus(local, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=remarks)
-    anywhere = _calculus(program, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=[])
+    best = _calculus(
+        local, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=remarks, progress=tell
+    )
+    anywhere = _calculus(
+        program, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=[], progress=tell
+    )
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
-    return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, certify=False)
+    return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, on_region=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +196,7 @@ class _Candidate:
     upper: float
     pairwise: Tensor | None
     found: Found
-    calculus: str
+    calculus: Calculus
 
 
 def _calculus(
@@ -177,6 +208,7 @@ def _calculus(
     seconds: float,
     target: float,
     remarks: list[str],
+    progress: Progress,
 ) -> _Candidate | None:
     """The covariance calculus, in the first form that the network fits."""
     if method == "naive":
@@ -185,14 +217,15 @@ def _calculus(
         remarks.append("an operation is unbounded, so only the naive rules apply")
         return None
     upto = method if method in METHODS else "adam"
-    forms = (method,) if method in ("dense", "fourier") else _forms(program)
+    forms: tuple[Calculus, ...] = _FORMS.get(method) or _forms(program)
     for calculus in forms:
         try:
+            progress(3, _PARTS, f"{calculus} calculus: choosing multipliers")
             chain = chain_of(program, graph.weights, calculus)
             found = search(chain, seconds, upto, target)
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
-            proof = prove(chain, found.multipliers)
+            proof = prove(chain, found.multipliers, progress=_after(progress, len(chain.stages)))
         except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
@@ -200,7 +233,16 @@ def _calculus(
     return None
 
 
-def _forms(program: Program) -> tuple[str, ...]:
+def _after(progress: Progress, stages: int) -> Progress:
+    """The proof's progress: the search before it takes about four times as long."""
+    return lambda done, total, what: progress(4 * stages + done, 4 * stages + total, what)
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """Where nobody asked for progress."""
+
+
+def _forms(program: Program) -> tuple[Calculus, ...]:
     """Dense where it is affordable, because its multipliers are finer; otherwise Fourier space first."""
     largest = max(step.size for step in program.steps)
     return ("dense", "fourier") if largest <= _DENSE_FIRST else ("fourier", "dense")
@@ -219,18 +261,17 @@ def _assembled(
     *,
     guarantee: Guarantee,
     remarks: list[str],
-    certify: bool = True,
+    on_region: bool = False,
 ) -> NetworkBound:
-    nodes = tuple(
-        NodeBound(step.label, constant, bound, step.reason if isinstance(step, Opaque) else "")
-        for step, constant, bound in zip(program.steps, plain.constants, plain.bounds, strict=True)
-    )
-    certificate = None
+    nodes = _nodes(program, plain)
     upper, method = plain.total, "naive"
     if best is not None and best.upper < upper:
         upper, method = best.upper, f"{best.calculus} {best.found.method}"
-    if best is not None and guarantee == "proved" and certify:
-        certificate = _certificate(program, graph, best, remarks)
+    if derived := _derived(program, graph):
+        remarks.append(
+            f"{len(derived)} tensors that the model computes from its weights (parametrizations) are stored in a "
+            "certificate as they are; fold the model first to have them among its weights"
+        )
     lower = pair.quotient if pair is not None else 0.0
     if lower > upper:
         raise AssertionError(f"a pair attains {lower!r}, above the bound {upper!r} ({method}): please report this")
@@ -244,21 +285,65 @@ def _assembled(
         method,
         pair,
         tuple(remarks),
-        certificate,
+        lambda: _certificate(program, graph, plain, best, guarantee=guarantee, on_region=on_region),
     )
 
 
-def _certificate(program: Program, graph: Graph, best: _Candidate, remarks: list[str]) -> NetworkCertificate:
-    read = read_names(program)
-    derived = {n: graph.weights[n].detach().to(torch.float64) for n in graph.derived if n in read}
-    if derived:
-        remarks.append(
-            f"{len(derived)} tensors that the model computes from its weights (parametrizations) are stored in the "
-            "certificate as they are; fold the model first to have them among its weights"
+_KINDS: dict[type[Step], str] = {
+    Input: "input", Linear: "linear", Sum: "join", Concat: "join", Elementwise: "activation", Opaque: "opaque"
+}  # fmt: skip
+
+
+def _nodes(program: Program, plain: Naive) -> tuple[NodeBound, ...]:
+    nodes = []
+    for step, constant, bound in zip(program.steps, plain.constants, plain.bounds, strict=True):
+        before = max((plain.bounds[i] for i in step.sources), default=1.0)
+        nodes.append(
+            NodeBound(
+                step.label,
+                _KINDS[type(step)],
+                step.shape,
+                step.sources,
+                constant,
+                bound / before if 0 < before < math.inf else constant,
+                bound,
+                step.reason if isinstance(step, Opaque) else "",
+            )
         )
-        program = Program(program.steps, program.outputs, {**program.constants, **derived})
-    multipliers = tuple(s.detach() for s in best.found.multipliers)
-    return NetworkCertificate(best.upper, best.calculus, program, multipliers, digests(program, graph.weights))
+    return tuple(nodes)
+
+
+def _derived(program: Program, graph: Graph) -> dict[str, Tensor]:
+    """What a program reads that is not stored in the model but computed from its weights."""
+    return {n: graph.weights[n].detach().to(torch.float64) for n in read_names(program) if n in graph.derived}
+
+
+def _stated(program: Program, graph: Graph) -> Program:
+    """The program as a certificate states it: with every tensor that is not among the model's weights."""
+    return Program(program.steps, program.outputs, {**program.constants, **_derived(program, graph)})
+
+
+def program_of_model(model: nn.Module, example_input: Example) -> Program:
+    """What the rules read from a model, as a certificate of it would state it."""
+    graph = export(model, example_input)
+    return _stated(program_of(graph), graph)
+
+
+def _certificate(
+    program: Program, graph: Graph, plain: Naive, best: _Candidate | None, *, guarantee: Guarantee, on_region: bool
+) -> NetworkCertificate:
+    if on_region:
+        raise CertificateError("a bound on a region has no certificate; leave the region out to have one")
+    if guarantee != "proved":
+        raise CertificateError("an estimate has no certificate; ask for guarantee='proved'")
+    whole = _stated(program, graph)
+    hashes = digests(whole, graph.weights)
+    if best is not None and best.upper <= plain.total * _AS_GOOD:
+        multipliers = tuple(s.detach() for s in best.found.multipliers)
+        return NetworkCertificate(best.upper, best.calculus, whole, multipliers, hashes)
+    with torch.no_grad():
+        norms = stated_norms(whole, {**graph.weights, **whole.constants}, plain.constants)
+    return NetworkCertificate(composed(whole, norms), "naive", whole, (), hashes, norms)
 
 
 def _placed(program: Program, region: Region) -> Around:

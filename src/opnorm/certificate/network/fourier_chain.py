@@ -52,6 +52,9 @@ def fourier_chain(program: Program, weights: Weights, limit: float = 6e9) -> Cha
         TooLargeError: if a cover would exceed the limit.
     """
     plan = layout(program)
+    first = plan.places[program.inputs[0]]
+    assert first is not None
+    _require(prod(plan.torus) // 2, max(first.channels, 4), limit)  # before the frequencies are listed
     return _Builder(program, {**weights, **program.constants}, plan, limit).chain()
 
 
@@ -142,8 +145,7 @@ class _Builder:
         self._check(sum(p.channels for p in self.base if p is not None) * blocks.shape[1], len(blocks))
 
     def _check(self, width: int, blocks: int) -> None:
-        if 16.0 * blocks * width * width > self.limit:
-            raise TooLargeError(f"the Fourier calculus needs {blocks} blocks of {width} x {width} numbers")
+        _require(blocks, width, self.limit)
 
     # ---------------------------------------------------------------- affine steps
 
@@ -194,6 +196,7 @@ class _Builder:
         ins, outs = self.aliases(source.level), self.aliases(place.level)
         ratios = torch.tensor([f // g for f, g in zip(self.level, place.level, strict=True)])
         blocks = len(fine)
+        self._check(max(len(ins) * source.channels, len(outs) * place.channels), blocks)
         kernel = symbols.symbol(conv, self.weights, fine.reshape(-1, fine.shape[-1]), self.grid(source.level))
         assert kernel.error is not None
         value = kernel.value.reshape(blocks, len(ins), place.channels, source.channels)
@@ -319,6 +322,11 @@ class _Builder:
         value = value.reshape(blocks, count, rows, source.channels).transpose(1, 2).flatten(2)
         error = error.reshape(blocks, count, rows, source.channels).transpose(1, 2).flatten(2)
         return Rows(value, error)
+
+
+def _require(blocks: int, width: int, limit: float) -> None:
+    if 16.0 * blocks * width * width > limit:
+        raise TooLargeError(f"the Fourier calculus needs {blocks} blocks of {width} x {width} numbers")
 
 
 def _identity(blocks: int, width: int, start: int, size: int) -> Rows:

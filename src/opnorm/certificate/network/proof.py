@@ -12,7 +12,7 @@ Every stage starts from the exactly stored P' of the one before, so rounding err
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,19 @@ class Proof:
     coordinates: Tensor
 
 
-def prove(chain: Chain, multipliers: Sequence[Tensor], pairs_up_to: int = 1024) -> Proof:
+def prove(
+    chain: Chain,
+    multipliers: Sequence[Tensor],
+    pairs_up_to: int = 1024,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Proof:
     """Prove a bound from any positive multipliers, one tensor for each stage.
+
+    Args:
+        chain: the stages.
+        multipliers: in their order.
+        pairs_up_to: largest number of outputs whose pairs are bounded.
+        progress: called before each stage with the number of those before it, of all, and what is done.
 
     Raises:
         CertificateError: if a stage cannot be proved, such as for multipliers that are too small.
@@ -54,7 +65,9 @@ def prove(chain: Chain, multipliers: Sequence[Tensor], pairs_up_to: int = 1024) 
     queue = list(multipliers)
     if len(queue) != len(chain.choices):
         raise CertificateError(f"the network has {len(chain.choices)} non-linear steps, not {len(queue)}")
-    for stage in chain.stages:
+    for number, stage in enumerate(chain.stages):
+        if progress is not None:
+            progress(number, len(chain.stages), f"proving stage {number + 1}")
         if isinstance(stage, Stage):
             cover = advance(cover, stage, queue.pop(0))
         elif isinstance(stage, Regrid | Detach):

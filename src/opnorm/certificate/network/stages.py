@@ -60,7 +60,8 @@ class Stage:
     @cached_property
     def decoupled(self) -> bool:
         """Whether nothing of the new base is linear in the old one."""
-        return not bool((self.mean.value != 0).any())
+        error = self.mean.error
+        return not bool((self.mean.value != 0).any()) and (error is None or not bool((error != 0).any()))
 
     @cached_property
     def selected(self) -> Tensor | None:
