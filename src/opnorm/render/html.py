@@ -13,16 +13,7 @@ from opnorm.render.text import ceiling, floor, printable, shaped
 
 def to_html(report: Report) -> str:
     """Return the page: verdict, plots, a sortable table, what was not measured and why, and how to read it."""
-    page = Environment(
-        loader=PackageLoader("opnorm.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page.filters |= {
-        "ceiling": ceiling,
-        "floor": floor,
-        "printable": printable,
-        "shaped": shaped,
-        "breakable": _breakable,
-    }
+    page = pages()
     broken = frozenset(violation.name for violation in report.violations)
     roles = list(dict.fromkeys(row.role for row in report.rows))
     bars = _bars(report.rows)
@@ -39,6 +30,21 @@ def to_html(report: Report) -> str:
         notes=_notes(report),
         plots=plots,
     )
+
+
+def pages() -> Environment:
+    """The templates, with everything that fills them escaped."""
+    page = Environment(
+        loader=PackageLoader("opnorm.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page.filters |= {
+        "ceiling": ceiling,
+        "floor": floor,
+        "printable": printable,
+        "shaped": shaped,
+        "breakable": _breakable,
+    }
+    return page
 
 
 def _breakable(name: str) -> Markup:

@@ -1,50 +1,16 @@
-"""Plots as inline SVG whose colours are CSS variables of the page, so that they follow light and dark."""
+"""The plots of an audit."""
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from io import StringIO
-from typing import Any
+from collections.abc import Sequence
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from opnorm.auditing import Row
+from opnorm.render.svg import ALERT, INK, ROLE, drawable, plain_decades, svg
 
-Painter = Callable[[Axes], None]
-
-_INK, _FAINT, _ALERT = "#010101", "#020202", "#030303"
-_ROLE = "#0404{:02x}"
-_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", _ALERT: "var(--alert)"}
 ROLE_COLOURS = 8
 """Number of colours for roles in the page's style; further roles share the last one."""
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "opnorm",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "grid.color": _FAINT,
-    "grid.alpha": 0.35,
-    "grid.linewidth": 0.6,
-}
-_SMALL_SPAN = 300.0
-_EXTREME = 1e100
-_LEAST = 1e-12
-"""Where zero norms are drawn, relative to the largest: a logarithm has no place for them."""
 
 
 def role_index(roles: Sequence[str], role: str) -> int:
@@ -58,12 +24,12 @@ def per_layer(rows: Sequence[Row], broken: frozenset[str]) -> str:
     The points are one group with the id "points", in the order of `rows`.
     """
     roles = list(dict.fromkeys(row.role for row in rows))
-    colours = [_ROLE.format(role_index(roles, row.role)) for row in rows]
+    colours = [ROLE.format(role_index(roles, row.role)) for row in rows]
     places = list(range(1, len(rows) + 1))
-    uppers, lowers = _drawable([row.upper for row in rows]), _drawable([row.lower for row in rows])
+    uppers, lowers = drawable([row.upper for row in rows]), drawable([row.lower for row in rows])
 
     def paint(axes: Axes) -> None:
-        axes.axhline(1.0, color=_INK, linewidth=0.9)
+        axes.axhline(1.0, color=INK, linewidth=0.9)
         axes.vlines(places, 1.0, uppers, colors=colours, linewidth=1.2, alpha=0.45)
         axes.vlines(places, lowers, uppers, colors=colours, linewidth=3.5)
         points = axes.scatter(places, uppers, c=colours, s=_size(len(rows)), linewidths=0, zorder=3)
@@ -71,22 +37,22 @@ def per_layer(rows: Sequence[Row], broken: frozenset[str]) -> str:
         marked = [(place, upper) for place, upper, row in zip(places, uppers, rows, strict=True) if row.name in broken]
         if marked:
             xs, ys = zip(*marked, strict=True)
-            axes.scatter(xs, ys, s=90, facecolors="none", edgecolors=_ALERT, linewidths=1.6, zorder=4)
+            axes.scatter(xs, ys, s=90, facecolors="none", edgecolors=ALERT, linewidths=1.6, zorder=4)
         axes.set_yscale("log")
-        _plain_decades(axes.yaxis, max(*uppers, 1.0) / min(*lowers, 1.0))
+        plain_decades(axes.yaxis, max(*uppers, 1.0) / min(*lowers, 1.0))
         axes.set_xlim(0.0, len(rows) + 1.0)
         axes.set_xlabel("place in the file")
         axes.set_ylabel("operator norm")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
 
-    return _svg(paint, "Operator norm of every measured weight, in the order of the file")
+    return svg(paint, "Operator norm of every measured weight, in the order of the file")
 
 
 def distribution(rows: Sequence[Row]) -> str:
     """Draw how many rows have a norm of which size, by role."""
     roles = list(dict.fromkeys(row.role for row in rows))
-    logs = [math.log10(upper) for upper in _drawable([row.upper for row in rows])]
+    logs = [math.log10(upper) for upper in drawable([row.upper for row in rows])]
     low, high = min(logs), max(logs)
     if high - low < 1.0:
         low, high = (low + high) / 2 - 0.5, (low + high) / 2 + 0.5
@@ -95,59 +61,23 @@ def distribution(rows: Sequence[Row]) -> str:
     # The ends stay inside after the detour over logarithms.
     edges[0], edges[-1] = edges[0] * 0.999, edges[-1] * 1.001
     groups = [
-        [upper for upper, row in zip(_drawable([r.upper for r in rows]), rows, strict=True) if row.role == role]
+        [upper for upper, row in zip(drawable([r.upper for r in rows]), rows, strict=True) if row.role == role]
         for role in roles
     ]
 
     def paint(axes: Axes) -> None:
-        colours = [_ROLE.format(role_index(roles, role)) for role in roles]
+        colours = [ROLE.format(role_index(roles, role)) for role in roles]
         axes.hist(groups, bins=edges, stacked=True, color=colours, rwidth=0.9)
-        axes.axvline(1.0, color=_INK, linewidth=0.9) if edges[0] <= 1.0 <= edges[-1] else None
+        axes.axvline(1.0, color=INK, linewidth=0.9) if edges[0] <= 1.0 <= edges[-1] else None
         axes.set_xscale("log")
-        _plain_decades(axes.xaxis, edges[-1] / edges[0])
+        plain_decades(axes.xaxis, edges[-1] / edges[0])
         axes.set_xlabel("operator norm")
         axes.set_ylabel("weights")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
 
-    return _svg(paint, "How many weights have an operator norm of which size")
-
-
-def _plain_decades(axis: Axis, span: float) -> None:
-    """Label a logarithmic axis with plain numbers, and with more of them where it spans little."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < _SMALL_SPAN else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _drawable(values: Sequence[float]) -> list[float]:
-    """Move what a logarithmic axis cannot show to its edge: zeros, infinities, and what it would overflow on."""
-    finite = [value for value in values if 0.0 < value < math.inf]
-    top = min(max(finite, default=1.0), _EXTREME)
-    least = max(top * _LEAST, 1.0 / _EXTREME)
-    return [min(max(value, least), max(top, least)) for value in values]
+    return svg(paint, "How many weights have an operator norm of which size")
 
 
 def _size(count: int) -> float:
     return max(9.0, min(42.0, 1500.0 / max(1, count)))
-
-
-def _svg(paint: Painter, title: str) -> str:
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 3.3), layout="constrained")
-        axes = figure.add_subplot()
-        paint(axes)
-        axes.minorticks_off()
-        buffer = StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Title": title})
-    return _themed(buffer.getvalue(), title)
-
-
-def _themed(svg: str, title: str) -> str:
-    """Cut the XML head, name the picture for screen readers, and put the page's colours in the place of ours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return re.sub(r"#0404([0-9a-f]{2})", lambda match: f"var(--role-{int(match[1], 16)})", svg)
