@@ -14,7 +14,7 @@ from opnorm.certificate.network.composition import composed, stated_norms
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
 from opnorm.certificate.network.program import Calculus, Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
 from opnorm.certificate.network.proof import Proof, prove
-from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
+from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError, WeightError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
 from opnorm.network.local import Sharpen, localise
@@ -144,6 +144,7 @@ def lipschitz(
     Raises:
         ArgumentError: for an unknown method or guarantee, or a model in training mode.
         UnsupportedLayerError: naming the first operation without a rule, or one that mixes samples.
+        WeightError: naming a weight with NaN or infinite values.
 
     Source: LipSDP (Fazlyab et al., NeurIPS 2019) without a solver; see the guide "From layers to the network".
 
@@ -163,6 +164,7 @@ def lipschitz(
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
     tell = progress or _silent
     tell(0, _PARTS, "reading the model")
+    _require_finite(model)
     graph = export(model, example_input)
     program = program_of(graph)
     tell(1, _PARTS, "looking for a lower bound")
@@ -236,6 +238,17 @@ def _calculus(
 def _after(progress: Progress, stages: int) -> Progress:
     """The proof's progress: the search before it takes about four times as long."""
     return lambda done, total, what: progress(4 * stages + done, 4 * stages + total, what)
+
+
+def _require_finite(model: nn.Module) -> None:
+    """Refuse weights that are no numbers, by name; minus infinity is what masks of attention hold.
+
+    Raises:
+        WeightError: naming the first.
+    """
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if weight.is_floating_point() and not bool((weight < math.inf).all()):
+            raise WeightError(f"the weight {name!r} holds NaN or infinite values, so the network has no constant")
 
 
 def _silent(done: int, total: int, what: str) -> None:
