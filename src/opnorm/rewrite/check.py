@@ -91,6 +91,6 @@ def _compared(certificate: NetworkCertificate, model: nn.Module) -> tuple[str, .
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(LARGEST + 1)
+            return file.read(min(path.stat().st_size, LARGEST) + 1)
     except OSError as error:
         raise CertificateFormatError(f"{path}: cannot be read ({error.strerror})") from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.composition import composed, prove_norms
+from opnorm.certificate.network.encoding import described
 from opnorm.certificate.network.file import NetworkCertificate, digest, read_names
 from opnorm.certificate.network.fourier_chain import fourier_chain
 from opnorm.certificate.network.maps import Weights
@@ -79,7 +80,7 @@ def verify_network(
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
     names, read = tuple(weights), read_names(certificate.program)
-    check_names(certificate, names)
+    check_names(certificate, weights)
     weights = {name: weights[name] for name in read if name in weights}
     check_weights(certificate, weights)
     check_program(certificate.program, weights)
@@ -93,7 +94,7 @@ def verify_network(
     return Verified(
         certificate.upper,
         proved,
-        tuple(f"{step.label} {'x'.join(map(str, step.shape))}" for step in certificate.program.steps),
+        tuple(map(described, certificate.program.steps)),
         read,
         tuple(name for name in names if name not in read),
         ("the steps of the certificate are what the network computes", *certificate.assumptions),
@@ -113,14 +114,15 @@ def _proved(certificate: NetworkCertificate, weights: Weights, progress: Progres
     return prove(chain, certificate.multipliers, 0, progress).upper
 
 
-def check_names(certificate: NetworkCertificate, names: tuple[str, ...]) -> None:
+def check_names(certificate: NetworkCertificate, weights: Weights) -> None:
     """Refuse a certificate that brings a tensor of its own under the name of a weight.
 
     Raises:
         CertificateError: naming it.
     """
-    if both := set(certificate.program.constants) & set(names):
-        raise CertificateError(f"the certificate brings its own {min(both)!r}, which is one of the weights")
+    for name in certificate.program.constants:
+        if name in weights:
+            raise CertificateError(f"the certificate brings its own {name!r}, which is one of the weights")
 
 
 def check_weights(certificate: NetworkCertificate, weights: Weights) -> None:

@@ -40,6 +40,22 @@ def slopes_of(steps: tuple[Step, ...]) -> dict[str, Tensor]:
     return found
 
 
+def described(step: Step) -> str:
+    """One line of what a step computes, by what is proved and not by its label."""
+    what = type(step).__name__
+    if isinstance(step, program.Linear):
+        names = ", ".join(step.map.names)
+        what = f"{type(step.map).__name__} {names}"
+    elif isinstance(step, program.Elementwise):
+        what = f"{step.kind or 'function'} with slopes in [{float(step.low.min()):.6g}, {float(step.high.max()):.6g}]"
+    elif isinstance(step, program.Opaque):
+        what = f"{step.constant:.6g}-Lipschitz function"
+    elif isinstance(step, program.Sum):
+        what = "sum with coefficients " + ", ".join(f"{c:g}" for c in step.coefficients)
+    reads = " of " + ", ".join(map(str, step.sources)) if step.sources else ""
+    return f"{what}{reads} -> {'x'.join(map(str, step.shape))}  ({step.label})"
+
+
 def steps_from(text: str, tensors: dict[str, Tensor]) -> tuple[Step, ...]:
     """The steps that a text states.
 

@@ -64,6 +64,8 @@ class NetworkCertificate:
             elif isinstance(step, program.Linear) and isinstance(step.map, Weighted):
                 own = [name for name in step.map.names if name in self.program.constants]
                 found += [f"{step.label}: its tensor {name!r} is stated in the certificate" for name in own]
+            elif isinstance(step, program.Elementwise) and step.weight in self.program.constants:
+                found.append(f"{step.label}: its tensor {step.weight!r} is stated in the certificate")
         return tuple(dict.fromkeys(found))
 
     def save(self, path: str | Path) -> None:
@@ -92,8 +94,6 @@ class NetworkCertificate:
             CertificateFormatError: if the file is no certificate of a network, or was changed after it was written.
         """
         metadata, tensors = _opened(Path(path))
-        if metadata.get("format") != FORMAT:
-            refuse(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}")
         if metadata.keys() != _KEYS:
             refuse(f"its metadata must have exactly the keys {', '.join(sorted(_KEYS))}")
         if metadata.pop("sha256") != _fingerprint(metadata, tensors):
@@ -166,11 +166,13 @@ def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     _check_sizes(path)
     try:
         with safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
+            metadata, names = dict(file.metadata() or {}), list(file.keys())
+            if metadata.get("format") != FORMAT:
+                refuse(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}")
             wrong = [name for name in names if file.get_slice(name).get_dtype() not in ("F64", "I64")]
             if wrong:
                 refuse(f"the tensor {wrong[0]!r} is neither float64 nor int64")
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in names}
+            return metadata, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, RuntimeError, ValueError) as problem:
         if isinstance(problem, CertificateError):
             raise

@@ -355,6 +355,6 @@ def _channel_order(index: Tensor, source: Place, place: Place, step: Step) -> Te
     points = prod(source.size)
     lines = index.reshape(place.channels, points)
     order = lines[:, 0] // points
-    if not torch.equal(lines, order[:, None] * points + torch.arange(points)):
+    if bool((order < 0).any()) or not torch.equal(lines, order[:, None] * points + torch.arange(points)):
         raise UnsupportedLayerError(f"the Fourier calculus does not cover {step.label}: it moves points")
     return order

@@ -44,8 +44,8 @@ def exactly(name: str, weight: Tensor) -> Tensor:
     if weight.layout != torch.strided or weight.is_quantized or weight.is_complex() or weight.is_meta:
         raise CertificateError(f"the weight {name!r} is no plain tensor of real numbers")
     wide = weight.detach().to(device="cpu", dtype=torch.float64)
-    if weight.dtype in (torch.int64, torch.uint64) and bool((wide.abs() > 2.0**53).any()):
-        raise CertificateError(f"the weight {name!r} holds integers above 2^53")
+    if weight.dtype in (torch.int64, torch.uint64) and bool((wide.abs() >= 2.0**53).any()):
+        raise CertificateError(f"the weight {name!r} holds integers of 2^53 and more")
     return wide
 
 
@@ -140,6 +140,13 @@ class Convolution(Weighted):
     dilation: tuple[int, ...]
     groups: int = 1
     circular: bool = False
+
+    @property
+    def units(self) -> int:  # noqa: D102
+        # Where a circular kernel is wider than the image, taps that meet in one coefficient are added up.
+        spans = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+        wraps = self.circular and any(span >= n for span, n in zip(spans, self.in_shape[1:], strict=True))
+        return self.rounded + (2 * prod(self.kernel) if wraps else 0)
 
     def taps(self, weights: Weights) -> Tensor:
         """The stored kernel.

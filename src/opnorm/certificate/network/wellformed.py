@@ -42,7 +42,9 @@ def _problem(step: Step, position: int, program: Program, weights: Weights) -> s
         return f"no result can have the shape {step.shape}"
     sources = [program.steps[s] for s in step.sources]
     if isinstance(step, Input):
-        return "an input reads nothing" if sources else ""
+        # The calculus starts from all inputs together: one that comes later would be taken for something else.
+        late = any(not isinstance(before, Input) for before in program.steps[:position])
+        return "an input reads nothing and comes first" if sources or late else ""
     if not sources:
         return "it reads nothing"
     if isinstance(step, Opaque):
