@@ -8,7 +8,9 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+import opnorm
 from cli import models
+from cli.test_audit import on_terminal
 from opnorm.cli import main
 
 
@@ -89,6 +91,18 @@ def test_what_does_not_hold_is_exit_code_one(weights: Path, tmp_path: Path) -> N
 def test_rules_decide_the_exit_code(rule: str, code: int) -> None:
     result = bound("mlp", "--fail-on", rule)
     assert (result.exit_code, "violated: " in result.stderr) == (code, bool(code))
+
+
+def test_progress_is_told_in_order_and_shown_on_a_terminal_only() -> None:
+    told: list[tuple[int, int, str]] = []
+    opnorm.lipschitz(models.mlp().eval(), torch.randn(2, 6), method="fast", progress=lambda *what: told.append(what))
+    shares = [done / total for done, total, _ in told]
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] < 1
+    assert any("proving stage" in what for _, _, what in told)
+    seen = on_terminal(["bound", "cli.models:mlp", "--input", "6", "--method", "fast"], PYTHONPATH="src:tests")
+    assert "reading the model" in seen
+    assert "Lipschitz constant" in seen
 
 
 BAD = {

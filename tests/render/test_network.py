@@ -4,6 +4,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +44,9 @@ BOUNDS = {
     "no lower": network(*CHAIN, lower=0.0),
     "infinite": network(*CHAIN, node("exp", "opaque", (2,), math.inf, math.inf), upper=math.inf, product=math.inf),
     "tight": network(*CHAIN, upper=1.0, lower=1.0, product=1.0),
-    "extreme": network(node("x", "input"), node("w", "linear", (0,), 1e300, 1e300), upper=1e300, lower=1e-300, product=1e300),
+    "extreme": network(
+        node("x", "input"), node("w", "linear", (0,), 1e300, 1e300), upper=1e300, lower=1e-300, product=1e300
+    ),
     "hostile": network(node("x", "input"), *(node(name, "opaque", (i,)) for i, name in enumerate(HOSTILE))),
     "long": network(*(node(f"step {i}", "linear", (i - 1,) if i else ()) for i in range(300))),
 }  # fmt: skip
@@ -110,7 +113,7 @@ GRAPHS = {name: BOUNDS[name].nodes for name in ("chain", "skip", "long")} | {
 def test_lines_of_the_graph_meet_and_end_at_steps(name: str) -> None:
     nodes = GRAPHS[name]
     drawings = gutters(nodes, COLOURS)
-    for above, below in zip(drawings, drawings[1:], strict=False):
+    for above, below in pairwise(drawings):
         assert ends(above, HEIGHT) == ends(below, 0)
     assert not ends(drawings[0], 0)
     assert not ends(drawings[-1], HEIGHT)
