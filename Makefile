@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2
 .PHONY: help demo test lint format docs bench wheel clean
 
 help:
-	@echo "make demo    the story in under a minute: claimed against true norms of a small CNN"
+	@echo "make demo    the story in under a minute: claimed against true norms of a small CNN, trained in three ways"
 	@echo "make test    tests and doctests"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make docs    the documentation, into site/"

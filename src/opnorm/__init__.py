@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from opnorm._enclosure import Enclosure
     from opnorm.auditing import Report, audit
-    from opnorm.network import NetworkBound, lipschitz
+    from opnorm.network import LipschitzPenalty, NetworkBound, lipschitz
     from opnorm.norms import norm
     from opnorm.parametrize import (
         Coverage,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Coverage": "opnorm.parametrize",
     "Enclosure": "opnorm._enclosure",
+    "LipschitzPenalty": "opnorm.network",
     "Monitor": "opnorm.parametrize",
     "NetworkBound": "opnorm.network",
     "Projector": "opnorm.parametrize",
@@ -73,6 +74,7 @@ _MODULES = frozenset(
 __all__ = [
     "Coverage",
     "Enclosure",
+    "LipschitzPenalty",
     "Monitor",
     "NetworkBound",
     "Projector",

@@ -15,6 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import opnorm
 
+param = nn.utils.parametrizations.spectral_norm
+
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -72,6 +74,58 @@ def tensor_parallel():
     assert whole(model.train()(X)).isfinite().all()
 
 
+STYLES = {
+    "columns": (lambda: nn.Linear(8, 16), ColwiseParallel),
+    "rows": (lambda: nn.Linear(8, 16), RowwiseParallel),
+    "embedding": (lambda: nn.Embedding(8, 4), RowwiseParallel),
+}
+
+
+def tensor_parallel_in_the_wrong_order(style):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    make, plan = STYLES[style]
+    with pytest.raises((KeyError, RuntimeError)):
+        parallelize_module(param(make()), mesh, plan())
+    layer = opnorm.spectral_norm(make())
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    with pytest.raises(opnorm.errors.ArgumentError, match=r"parallelize_module first, then opnorm\.spectral_norm"):
+        parallelize_module(layer, mesh, plan())
+    assert all(torch.equal(value, layer.state_dict()[name]) for name, value in state.items())
+    parallelize_module(opnorm.remove_spectral_norm(layer), mesh, plan())  # nothing is left behind
+    assert type(layer.weight).__name__ == "DTensor"
+
+
+def torch_drifts_without_broadcast():
+    """What opnorm's `ddp(False)` is about: torch's u and v follow each process's own number of forwards."""
+    layer = param(nn.Linear(8, 16))
+    parallel = nn.parallel.DistributedDataParallel(layer, broadcast_buffers=False)
+    for _ in range(1 + dist.get_rank()):
+        parallel(X)
+    mine = layer.eval().weight.detach().contiguous()
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    assert not torch.equal(found[0], found[1])
+
+
+def torch_cannot_be_sharded_first():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded, parallel = plain(), parallelize_module(plain(), mesh, {"0": ColwiseParallel()})
+    fully_shard(sharded)
+    for model in (sharded, parallel):
+        with pytest.raises(RuntimeError):
+            param(model[0])
+
+
+def torch_weights_cannot_be_read_when_sharded():
+    theirs, ours = plain(), normalised(plain())
+    param(theirs[0])
+    for model in (theirs, ours):
+        fully_shard(model)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        theirs[0].weight  # noqa: B018
+    assert whole(ours[0].weight).shape == (16, 8)
+
+
 def normalise_then_shard():
     model = normalised(plain())
     for layer in (model[0], model[2]):
@@ -105,6 +159,10 @@ SCENARIOS = [
     (ddp, (True,)),
     (ddp, (False,)),
     (tensor_parallel, ()),
+    *((tensor_parallel_in_the_wrong_order, (style,)) for style in STYLES),
+    (torch_drifts_without_broadcast, ()),
+    (torch_cannot_be_sharded_first, ()),
+    (torch_weights_cannot_be_read_when_sharded, ()),
     (normalise_then_shard, ()),
     (shard_then_normalise, ()),
 ]

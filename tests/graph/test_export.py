@@ -52,9 +52,11 @@ def test_an_unknown_operation_is_named_with_its_place_and_the_way_out() -> None:
         opnorm.lipschitz(nn.Sequential(nn.Linear(2, 2), Odd()), torch.randn(1, 2))
 
 
-def test_recurrent_layers_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedLayerError, match="LSTM"):
-        opnorm.lipschitz(Lambda(lambda x, lstm: lstm(x)[0], nn.LSTM(3, 4, batch_first=True)), torch.randn(2, 5, 3))
+def test_recurrent_layers_are_unrolled_step_by_step() -> None:
+    graph = export(Lambda(lambda x, lstm: lstm(x)[0], nn.LSTM(3, 4, batch_first=True)).eval(), torch.randn(2, 5, 3))
+    operations = [node.op for node in graph.nodes]
+    assert operations.count("aten.tanh.default") == 2 * 5
+    assert not any("lstm" in operation for operation in operations)
 
 
 def test_a_batch_of_one_is_enough_and_names_are_kept() -> None:

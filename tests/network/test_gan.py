@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import opnorm
+from opnorm.certificate.network import verify_network
 from opnorm.errors import UnsupportedLayerError
 
 
@@ -86,7 +87,8 @@ def test_residual_downsampling() -> None:
     bound = opnorm.lipschitz(model, x, method="fourier", time_budget=2.0)
     assert slope(model, x) <= bound.upper < bound.product / 3
     assert bound.method.startswith("fourier")
-    assert any("fold" in remark for remark in bound.remarks)
+    assert any("parametrized" in remark for remark in bound.remarks)
+    assert verify_network(bound.certificate(), model).upper == bound.certificate().upper
 
 
 def test_projection_on_a_label() -> None:

@@ -10,10 +10,10 @@ from mpmath import mp, mpc, mpf
 import opnorm
 from exact_norm import enclose_exactly, norm_at_most
 from opnorm.norms.attained import attained
-from opnorm.norms.blocks import _ceilings
 from opnorm.norms.dense import _factored
 from opnorm.norms.gram import Gram, attained_square, cheap_bound, gram_of_columns
 from opnorm.norms.materialised import matrix_of
+from opnorm.norms.stacks import ceilings as ceilings_of
 from opnorm.norms.symbol import Grid
 from opnorm.norms.tall import attained_by_rows, cheap_bound_of_rows, tall
 from opnorm.operators import Conv, Dense
@@ -58,8 +58,8 @@ def test_symbols_are_as_close_as_they_say(dtype):
     kernel = gaussian(1, 2, 2, 6, seed=3, dtype=dtype) / 4
     offsets = torch.tensor([(i, 2 * j) for i in range(2) for j in range(3)])
     grid = Grid(kernel, offsets, (7, 12), (1, 2))
-    worst, index = mpf(0), torch.arange(len(grid.frequencies))
-    real, imag = grid.blocks(index)
+    worst = mpf(0)
+    real, imag = grid.blocks(grid.frequencies)
     for b, frequency in enumerate(grid.frequencies.tolist()):
         for m in range(2):
             f = (frequency[0], frequency[1] + 6 * m)
@@ -95,10 +95,10 @@ def test_ceilings_hold_for_every_matrix_within_the_error():
     assert found.ceiling >= t + error and found.ceiling < t + error + 1e-12
     low = torch.full((1, 1), 0.5, dtype=torch.float64)
     stack = torch.stack([low, 0 * low, 4 * low])
-    ceilings = _ceilings(stack, torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64), 1.0)
+    ceilings = ceilings_of(stack, torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64), 1.0)
     assert ceilings[0] >= 1.25 and ceilings[1] >= 1.5 and ceilings[1] < 1.5 + 1e-12 and ceilings[2] == math.inf
     # Of t = 1 and G = 0 remains the factorisation's own loss, gamma_n times n.
-    found = _ceilings(torch.zeros(1, 20, 20, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 1.0)
+    found = ceilings_of(torch.zeros(1, 20, 20, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 1.0)
     assert float(found) >= 1 + 400 * 2.0**-53
 
 

@@ -5,12 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch import nn
 
 import opnorm
 from cases import ORACLE, WEIGHTS, assert_encloses, largest_singular_value, module_matrix
 from opnorm.errors import ArgumentError, InputShapeError
 from opnorm.layers import to_operator
+from opnorm.norms import select
+from opnorm.norms.cells import cover
+from opnorm.operators import Conv
 
 
 def folded_symbol(weight, stride, dilation, points):
@@ -38,6 +42,39 @@ def supremum(module, points):
         for d, k, n in zip(module.dilation, weight.shape[2:], sizes, strict=True)
     )
     return best, best / math.prod(cosines)
+
+
+def highest(module, points):
+    """The supremum of the symbol: the best three of a grid's frequencies, each climbed from by Nelder and Mead."""
+    weight = module.weight.detach().numpy() if module.weight.is_complex() else module.weight.detach().double().numpy()
+    axes = [d * np.arange(k) for k, d in zip(weight.shape[2:], module.dilation, strict=True)]
+    sizes = [points * s for s in module.stride]
+    aliases = np.stack(np.meshgrid(*(np.arange(s) / s for s in module.stride), indexing="ij"), -1)
+    aliases = 2 * np.pi * aliases.reshape(-1, len(axes))
+
+    def gain(part, frequency):
+        folded = []
+        for moved in frequency + aliases:
+            symbol = part.astype(complex)
+            for axis, w in zip(axes, moved, strict=True):
+                symbol = np.tensordot(symbol, np.exp(1j * w * axis), axes=([2], [0]))
+            folded.append(symbol)
+        return np.linalg.norm(np.concatenate(folded, 1), 2) / math.sqrt(len(aliases))
+
+    best = 0.0
+    for part in np.split(weight, module.groups):
+        grid = folded_symbol(part, module.stride, module.dilation, sizes)
+        for flat in np.argsort(grid, axis=None)[-3:]:
+            place = np.array(np.unravel_index(flat, grid.shape))
+            start = 2 * np.pi * place / np.array(sizes)
+            options = {
+                "xatol": 1e-7,
+                "fatol": 1e-15,
+                "initial_simplex": start + np.eye(len(axes) + 1, len(axes)) * 0.01,
+            }
+            found = minimize(lambda w, part=part: -gain(part, w), start, method="Nelder-Mead", options=options)
+            best = max(best, -float(found.fun))
+    return best
 
 
 LAYERS = {
@@ -71,6 +108,65 @@ def test_the_supremum_is_enclosed(name, kind):
     assert found.upper >= below * (1 - ORACLE), "the upper end is below an attained value of the symbol"
     assert found.upper <= below * 1.005, "looser than half a per cent"
     assert found.guarantee == "proved" and (found.upper == 0.0 or "all input sizes" in found.note)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("rtol", [1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_target_is_met_around_the_supremum(name, rtol):
+    torch.manual_seed(5)
+    module = LAYERS[name]()
+    found, truth = opnorm.norm(module, rtol=rtol), highest(module, 24 if len(module.stride) < 3 else 12)
+    assert truth <= found.upper * (1 + ORACLE) and found.lower <= truth * (1 + 1e-9)
+    assert found.met and found.upper <= truth * (1 + rtol)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rtol", "gap"),
+    [
+        ((8, 8, 3, 3), 1e-3, 1e-3),
+        ((8, 8, 3, 3), 1e-6, 4e-3),
+        ((2, 2, 3, 3, 3), 1e-3, 4e-3 + 1e-5),
+        ((8, 8, 9), 1e-6, 4e-3),
+    ],
+    ids=str,
+)
+def test_a_constant_symbol_costs_no_more_than_it_may(shape, rtol, gap):
+    """One orthogonal tap: there is no maximum to refine around, and the work is bounded."""
+    kernel = torch.zeros(*shape)
+    torch.nn.init.orthogonal_(kernel[(..., *(1,) * (len(shape) - 2))])
+    ones = (1,) * (len(shape) - 2)
+    found = opnorm.norm(Conv(kernel, None, ones, ((1, 1),) * len(ones), ones), rtol=rtol)
+    assert 1 - 1e-6 <= found.upper <= (1 + 1e-6) * (1 + gap) and found.gap <= gap
+
+
+@pytest.mark.parametrize("halved", [True, False])
+@pytest.mark.parametrize(
+    ("types", "stride"),
+    [((1.0,), (1,)), ((2.0,), (3,)), ((1.0, 1.5), (1, 1)), ((1.5, 1.0), (2, 3)), ((0.0, 1.0, 2.0), (2, 1, 1)),
+     ((1.0, 0.5, 1.0), (1, 2, 1))],
+    ids=str,
+)  # fmt: skip
+def test_cells_cover_the_torus(types, stride, halved):
+    """Every frequency, or its mirror image, is within the angle of a centre, at every level of division."""
+    tiling = cover(types, stride, 0.8, halved=halved)
+    cells = tiling.centres()
+    rng = np.random.default_rng(0)
+    for level in range(3):
+        sizes = np.array(tiling.at_level(level))
+        period = 2 * np.pi / np.array(stride)
+        points = rng.uniform(0, period, (200, len(types)))
+        points = np.stack([points, -points if halved else points], 1)
+        centres = 2 * np.pi * cells.numpy() / sizes
+        apart = (points[:, :, None] - centres + period / 2) % period - period / 2
+        distance = (np.abs(apart) * np.array(types)).sum(-1)
+        assert distance.min((1, 2)).max() <= tiling.angle(level) <= 0.8 / 2**level
+        cells = tiling.divided(cells)
+
+
+def test_plans_name_the_method_that_runs():
+    for module in (nn.AvgPool2d(3, 2), nn.Conv2d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3)):
+        assert select(to_operator(module, None)).method == opnorm.norm(module).method == "size-free"
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "complex"])

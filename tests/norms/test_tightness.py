@@ -49,9 +49,9 @@ def test_the_banded_proof_is_tight_on_request():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_every_size_costs_half_a_per_cent(stride):
+def test_every_size_is_as_tight(stride):
     torch.manual_seed(3)
-    assert opnorm.norm(nn.Conv2d(8, 8, 3, stride=stride)).gap <= 5e-3
+    assert opnorm.norm(nn.Conv2d(8, 8, 3, stride=stride)).gap <= 1e-6
 
 
 def test_transposed_convolutions_are_as_tight():

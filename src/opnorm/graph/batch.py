@@ -65,7 +65,7 @@ def check_samples_apart(graph: Graph, batches: tuple[Tensor, ...]) -> None:
         if node.batch_axis is None or not one[node.name].is_floating_point():
             continue
         first, second = (node.samples(values[node.name])[0] for values in (one, two))
-        scale = float(first.abs().max()) if first.numel() else 0.0
+        scale = float(first.abs().nan_to_num(0.0).max()) if first.numel() else 0.0
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
             raise UnsupportedLayerError(
                 f"{node.place} mixes the samples of a batch: the network has no Lipschitz constant for one sample"

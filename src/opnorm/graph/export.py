@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError
 from opnorm.graph.batch import batch_place, check_samples_apart, varies_fastest
 from opnorm.graph.types import Graph, Node, Ref, Weight
 
 Example = Tensor | tuple[Tensor, ...]
+
+_LAYERS = [getattr(torch.ops.aten, name).input for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")]
+_CELLS = [getattr(torch.ops.aten, name).default for name in ("rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell")]
+_RECURRENT = frozenset([*_LAYERS, *_CELLS])
 
 
 def export(model: nn.Module, example_input: Example) -> Graph:
@@ -70,6 +75,8 @@ def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.Exp
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations, raised inside its exporter
             program = torch.export.export(model, example, dynamic_shapes=dynamic)
+            if any(node.target in _RECURRENT for node in program.graph.nodes):
+                program = program.run_decompositions(_step_by_step())
             return program.run_decompositions({}) if _writes_shared_memory(program) else program
     except Exception as problem:  # torch.export raises many unrelated classes
         first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
@@ -77,6 +84,12 @@ def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.Exp
             f"torch.export cannot trace {type(model).__name__} with a batch of any size: {first} "
             "(a fixed batch size, as in view(8, -1), or control flow that depends on values are the usual causes)"
         ) from problem
+
+
+def _step_by_step() -> dict[Any, Callable[..., Any]]:
+    """How recurrent layers are unrolled to linear maps, gates and products; nothing else is decomposed."""
+    known = torch.export.default_decompositions()
+    return {**get_decompositions(_LAYERS), **{cell: known[cell] for cell in _CELLS}}
 
 
 def _writes_shared_memory(program: torch.export.ExportedProgram) -> bool:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +15,32 @@ from opnorm.certificate.network.check import SLACK, chain_of
 from opnorm.certificate.network.composition import composed, stated_norms
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
 from opnorm.certificate.network.program import Calculus, Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
-from opnorm.certificate.network.proof import Proof, prove
+from opnorm.certificate.network.proof import prove
 from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError, WeightError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
+from opnorm.network.folded import folded, is_parametrized
+from opnorm.network.frequencies import affordable
 from opnorm.network.local import Sharpen, localise
 from opnorm.network.lower import Function, Pair, attained
 from opnorm.network.naive import Naive, naive
+from opnorm.network.pairs import each_pair
 from opnorm.network.region import Around, Region, around
 from opnorm.network.rules import program_of
 from opnorm.network.search import METHODS, Found, search
 from opnorm.network.table import table_of
 
-_DEFAULT_SECONDS = 30.0
+_DEFAULT_SECONDS, _LONGEST = 30.0, 300.0
+_LOWER_SHARE = 0.25
 _DENSE_FIRST = 1100
 _AS_GOOD = 1 + 1e-6
-_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
 _FORMS: dict[str, tuple[Calculus, ...]] = {"dense": ("dense",), "fourier": ("fourier",)}
 _PARTS = 4
+_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
+_FOLDED = (
+    "bounded as it is deployed: parametrized weights (spectral normalisation, say) with their values in evaluation "
+    "mode, in the certificate under their plain names"
+)
 _METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
 
 Progress = Callable[[int, int, str], None]
@@ -122,27 +132,32 @@ def lipschitz(
     method: str = "auto",
     guarantee: Guarantee = "proved",
     region: Region | None = None,
+    pairs: Literal["joint", "each"] = "joint",
     time_budget: float | None = None,
     progress: Progress | None = None,
 ) -> NetworkBound:
     """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
 
     Args:
-        model: in evaluation mode; its weights as they are deployed.
+        model: in evaluation mode; its weights as they are deployed. A parametrized model is bounded as its folded copy.
         example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
             its samples. Integer inputs are not varied.
         method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
-            `sweep`, `afp`, `adam`.
+            `sweep`, `afp`, `adam`, `newton`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
         region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
-        time_budget: seconds for the search; 30 by default.
+        pairs: how `pairwise` is found: `joint`, from the one covariance that gives `upper`; `each`, from a search for
+            each pair of outputs in half of the time, which is tighter. A certificate is of `upper` only.
+        time_budget: about how many seconds to spend beyond the naive rules; a form of the calculus whose single pass
+            and proof would take longer is not begun, and a remark says so. By default 30 for the searches, while one
+            pass and its proof may take up to 300.
         progress: called before each part of the work with how much is done, of how much, and what comes.
 
     Returns:
         The bounds; printing gives a table.
 
     Raises:
-        ArgumentError: for an unknown method or guarantee, or a model in training mode.
+        ArgumentError: for an unknown method, guarantee or pairs, or a model in training mode.
         UnsupportedLayerError: naming the first operation without a rule, or one that mixes samples.
         WeightError: naming a weight with NaN or infinite values.
 
@@ -162,32 +177,32 @@ def lipschitz(
         raise ArgumentError(f"method={method!r}: it is one of {', '.join(_METHODS)}")
     if guarantee not in ("proved", "estimate"):
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
+    if pairs not in ("joint", "each"):
+        raise ArgumentError(f"pairs={pairs!r}: it is 'joint' or 'each'")
     tell = progress or _silent
     tell(0, _PARTS, "reading the model")
     _require_finite(model)
-    graph = export(model, example_input)
+    graph = export(folded(model), example_input)
     program = program_of(graph)
     tell(1, _PARTS, "looking for a lower bound")
     where = None if region is None else _placed(program, region)
-    pair = _lower(graph, example_input, where)
-    seconds = _DEFAULT_SECONDS if time_budget is None else time_budget
-    remarks: list[str] = []
+    seconds, longest = (_DEFAULT_SECONDS, _LONGEST) if time_budget is None else (time_budget, time_budget)
+    remarks = [_FOLDED] if is_parametrized(model) else []
+    pair = _lower(graph, example_input, where, seconds * _LOWER_SHARE)
+    seconds *= 1 - _LOWER_SHARE
     target = pair.quotient if pair else 0.0
     tell(2, _PARTS, "norms of the steps")
+    calculus = partial(
+        _calculus, graph=graph, method=method, guarantee=guarantee, pairs=pairs, target=target, progress=tell
+    )
     if where is None:
         plain = naive(program, graph.weights)
-        best = _calculus(
-            program, graph, method, guarantee=guarantee, seconds=seconds, target=target, remarks=remarks, progress=tell
-        )
+        best = calculus(program, seconds=seconds, longest=longest, remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
-    local = _localised(program, graph, example_input, where)
+    local = _localised(program_of(graph, split=False), graph, example_input, where)
     plain = naive(local, graph.weights)
-    best = _calculus(
-        local, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=remarks, progress=tell
-    )
-    anywhere = _calculus(
-        program, graph, method, guarantee=guarantee, seconds=seconds / 2, target=target, remarks=[], progress=tell
-    )
+    best = calculus(local, seconds=seconds / 2, longest=longest / 2, remarks=remarks)
+    anywhere = calculus(program, seconds=seconds / 2, longest=longest / 2, remarks=[])
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
     return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, on_region=True)
@@ -203,11 +218,13 @@ class _Candidate:
 
 def _calculus(
     program: Program,
+    *,
     graph: Graph,
     method: str,
-    *,
     guarantee: Guarantee,
     seconds: float,
+    longest: float,
+    pairs: str,
     target: float,
     remarks: list[str],
     progress: Progress,
@@ -218,26 +235,28 @@ def _calculus(
     if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
         remarks.append("an operation is unbounded, so only the naive rules apply")
         return None
-    upto = method if method in METHODS else "adam"
-    forms: tuple[Calculus, ...] = _FORMS.get(method) or _forms(program)
+    upto = method if method in METHODS else METHODS[-1]
+    forms = _FORMS.get(method) or _forms(program)
     for calculus in forms:
         try:
             progress(3, _PARTS, f"{calculus} calculus: choosing multipliers")
-            chain = chain_of(program, graph.weights, calculus)
-            found = search(chain, seconds, upto, target)
+            share = seconds if pairs == "joint" else seconds / 2
+            found, chains = affordable(program, graph.weights, calculus, share, upto, target=target, longest=longest)
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
-            proof = prove(chain, found.multipliers, progress=_after(progress, len(chain.stages)))
+            proof = prove(chains, found.multipliers, progress=_after(progress))
         except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
-        return _Candidate(proof.upper * SLACK, _pairwise(proof), found, calculus)
+        pairwise = proof.pairwise
+        if pairs == "each" and pairwise is not None and isinstance(chains, tuple):
+            pairwise, missed = each_pair(chains[0], found.multipliers, pairwise, seconds / 2)
+            if missed:
+                remarks.append(f"{missed} pairs of outputs were not reached in time and keep the joint bound")
+        elif pairs == "each" and pairwise is not None:
+            remarks.append("the network is proved in parts, so its pairs of outputs keep the joint bound")
+        return _Candidate(proof.upper * SLACK, None if pairwise is None else pairwise * SLACK, found, calculus)
     return None
-
-
-def _after(progress: Progress, stages: int) -> Progress:
-    """The proof's progress: the search before it takes about four times as long."""
-    return lambda done, total, what: progress(4 * stages + done, 4 * stages + total, what)
 
 
 def _require_finite(model: nn.Module) -> None:
@@ -255,14 +274,15 @@ def _silent(done: int, total: int, what: str) -> None:
     """Where nobody asked for progress."""
 
 
+def _after(progress: Progress) -> Progress:
+    """The proof's progress, once the search is over, which takes about four times as long."""
+    return lambda done, total, what: progress(4 * total + done, 5 * total, what)
+
+
 def _forms(program: Program) -> tuple[Calculus, ...]:
     """Dense where it is affordable, because its multipliers are finer; otherwise Fourier space first."""
     largest = max(step.size for step in program.steps)
     return ("dense", "fourier") if largest <= _DENSE_FIRST else ("fourier", "dense")
-
-
-def _pairwise(proof: Proof) -> Tensor | None:
-    return None if proof.pairwise is None else proof.pairwise * SLACK
 
 
 def _assembled(
@@ -282,8 +302,7 @@ def _assembled(
         upper, method = best.upper, f"{best.calculus} {best.found.method}"
     if derived := _derived(program, graph):
         remarks.append(
-            f"{len(derived)} tensors that the model computes from its weights (parametrizations) are stored in a "
-            "certificate as they are; fold the model first to have them among its weights"
+            f"{len(derived)} tensors that the model computes from its weights are stored in a certificate as they are"
         )
     lower = pair.quotient if pair is not None else 0.0
     if lower > upper:
@@ -338,7 +357,7 @@ def _stated(program: Program, graph: Graph) -> Program:
 
 def program_of_model(model: nn.Module, example_input: Example) -> Program:
     """What the rules read from a model, as a certificate of it would state it."""
-    graph = export(model, example_input)
+    graph = export(folded(model), example_input)
     return _stated(program_of(graph), graph)
 
 
@@ -394,13 +413,13 @@ def _sharpen(graph: Graph) -> Sharpen:
     return constants
 
 
-def _lower(graph: Graph, example_input: Example, where: Around | None) -> Pair | None:
+def _lower(graph: Graph, example_input: Example, where: Around | None, seconds: float) -> Pair | None:
     function = Function(graph, two_samples(example_input))
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     floats = [b for b in inputs if b.is_floating_point()]
     count = min(16, *(len(b) for b in floats))
     starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
     if where is None:
-        return attained(function, starts)
+        return attained(function, starts, seconds=seconds)
     inside = torch.cat([where.center[None], where.clip(starts)])
-    return attained(function, inside, where.clip)
+    return attained(function, inside, where.clip, seconds=seconds)

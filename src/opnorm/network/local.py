@@ -93,10 +93,14 @@ def localise(
             new = [_tightened(replace(step, sources=tuple(own)), given, inputs, doubts)]
         for item in new:
             sources = [reaches[i] for i in item.sources]
-            reaches.append(_reach_of(item, sources, weights, region, norms))
+            ceiling = _ceiling(item, given, inputs, doubts)
+            reaches.append(_reach_of(item, sources, weights, region, norms, ceiling=ceiling))
             errors.append(
-                _error_of(item, [errors[i] for i in item.sources], given, values, name=node.name, weights=weights)
-            )
+                _error_of(
+                    item, [errors[i] for i in item.sources], given, values, name=node.name, weights=weights,
+                    ceiling=ceiling,
+                )
+            )  # fmt: skip
             steps.append(item)
         moved[position] = len(steps) - 1
     return Program(tuple(steps), tuple(moved[i] for i in program.outputs), program.constants)
@@ -199,14 +203,32 @@ def _attention(parameters: tuple[float, ...], given: list[Tensor], inputs: list[
         around = (value.abs() + reach.each + doubt + _EVALUATION * value.abs()).reshape(-1, int(size)).norm(dim=1)
         at_most = value.reshape(-1, int(size)).norm(dim=1) + reach.total + _norm_up(doubt)
         largest.append(float(torch.minimum(around, at_most).max()) * (1 + 1e-9))
-    query, key, content = largest
-    s = scale * (1 + 1e-12)
-    terms = (queries, (s * content * key) ** 2, queries * (s * content * query) ** 2)
-    return rounding.sqrt_up(sum(terms) * (1 + 1e-9))
+    query, key, content = (s * size for s, size in zip((1.0, 1.0, scale * (1 + 1e-12)), largest, strict=True))
+    by_keys, by_queries = content * key, content * query
+    total = (queries + by_keys * by_keys + queries * by_queries * by_queries) * (1 + 1e-9)
+    return rounding.sqrt_up(total) if math.isfinite(total) else math.inf
+
+
+def _ceiling(step: Step, given: list[Tensor], inputs: list[_Reach], doubts: list[Tensor]) -> float:
+    """What no element of a step's result exceeds in size, anywhere in the region; infinite where that is not known."""
+    if not isinstance(step, Opaque):
+        return math.inf
+    if step.kind == "normalize":
+        return math.sqrt(step.parameters[0]) * (1 + 1e-9)
+    if step.kind == "attention" and len(given) == len(inputs) == 3 and given[2].numel() == inputs[2].each.numel():
+        # Weighted averages of the values.
+        return float((given[2].abs() + inputs[2].each + doubts[2]).max()) * (1 + 1e-9)
+    return math.inf
 
 
 def _reach_of(
-    step: Step, sources: list[_Reach], weights: Weights, region: Around, norms: Callable[[LinearMap], float]
+    step: Step,
+    sources: list[_Reach],
+    weights: Weights,
+    region: Around,
+    norms: Callable[[LinearMap], float],
+    *,
+    ceiling: float,
 ) -> _Reach:
     """How far the elements of a step's result can be from the centre's."""
     if isinstance(step, Input):
@@ -232,17 +254,14 @@ def _reach_of(
         return _Reach.of(steep * sources[0].each * (1 + 1e-12), float(steep.max()) * total * (1 + 1e-12))
     assert isinstance(step, Opaque)
     top = rounding.mul_up(step.constant, total) if total else 0.0
-    if step.kind == "normalize":
-        size, groups = step.parameters[0], step.size / step.parameters[0]
-        # What is normalised has at most this norm, wherever it is.
-        top = min(top, 2 * math.sqrt(size * groups) * (1 + 1e-9))
-        return _Reach.of(torch.full((step.size,), min(top, 2 * math.sqrt(size) * (1 + 1e-9)), dtype=torch.float64), top)
-    return _Reach.of(torch.full((step.size,), top, dtype=torch.float64), top)
+    # The values at two points differ by no more than twice what each can be, wherever the points are.
+    return _Reach.of(torch.full((step.size,), min(top, 2 * ceiling), dtype=torch.float64), top)
 
 
 def _error_of(
-    step: Step, sources: list[Tensor], given: list[Tensor], values: dict[str, Tensor], *, name: str, weights: Weights
-) -> Tensor:
+    step: Step, sources: list[Tensor], given: list[Tensor], values: dict[str, Tensor], *, name: str, weights: Weights,
+    ceiling: float,
+) -> Tensor:  # fmt: skip
     """How far the computed value at the centre can be from the exact one."""
     value = values.get(name)
     size = value.abs() if value is not None and value.numel() == step.size else None
@@ -268,7 +287,8 @@ def _error_of(
     assert isinstance(step, Opaque)
     joined = _norm_up(torch.cat(sources))
     spread = step.constant * joined if joined else 0.0
-    return torch.full((step.size,), spread * (1 + 1e-9) + _EVALUATION * (1 + top) * step.size, dtype=torch.float64)
+    error = spread * (1 + 1e-9) + _EVALUATION * (1 + top) * step.size
+    return torch.full((step.size,), min(error, 2 * ceiling * (1 + 1e-6)), dtype=torch.float64)
 
 
 def _norm_up(values: Tensor) -> float:

@@ -1,5 +1,7 @@
 """Lower bounds: difference quotients of explicit pairs of inputs, found from the data by power iteration and ascent."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,7 +71,13 @@ class Function:
 
 
 def attained(
-    function: Function, starts: Tensor, clip: Clip | None = None, power: int = 12, ascent: int = 30
+    function: Function,
+    starts: Tensor,
+    clip: Clip | None = None,
+    power: int = 12,
+    ascent: int = 30,
+    *,
+    seconds: float = math.inf,
 ) -> Pair | None:
     """The best pair that was found from the rows of `starts`, shape (k, n); None where evaluation fails.
 
@@ -79,7 +87,9 @@ def attained(
         clip: projects inputs onto the region that the pair must lie in.
         power: power iterations on the Jacobian at each point.
         ascent: gradient steps on the quotient of a pair.
+        seconds: after which no further step is begun; what was found by then is measured.
     """
+    deadline = time.monotonic() + seconds
     clip = clip or (lambda x: x)
     generator = torch.Generator().manual_seed(0)
     best: Pair | None = None
@@ -88,17 +98,19 @@ def attained(
             x = clip(chunk if len(chunk) == 2 else chunk.repeat(2, 1))
             direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
             for climb in (False, True) if ascent else (False,):
+                if best is not None and time.monotonic() > deadline:
+                    return best
                 if climb:
-                    x, direction = _climbed(function, x, direction, clip, ascent)
-                direction = _top_direction(function, x, direction, power)
-                best = _better(best, _measured(function, x, direction, clip))
+                    x, direction = _climbed(function, x, direction, clip, ascent, deadline=deadline)
+                direction = _top_direction(function, x, direction, power, deadline)
+                best = _better(best, _measured(function, x, direction, clip, deadline))
     except (RuntimeError, OpnormError):
         # An operation without float64 or without a derivative: no pair, no claim.
         return best
     return best
 
 
-def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int) -> Tensor:
+def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int, deadline: float) -> Tensor:
     """Power iteration on J^T J at each row; J v by a central difference, which needs no second derivative."""
     pull = torch.func.vjp(function, x)[1]
     width = 1e-6 * _norms(x).clamp_min(1e-3)
@@ -107,6 +119,8 @@ def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int)
         return (function(x + width * v) - function(x - width * v)) / (2 * width)
 
     for _ in range(steps):
+        if time.monotonic() > deadline:
+            break
         direction = direction / _norms(direction)
         new = pull(push(direction))[0]
         if float(_norms(new).min()) == 0.0:
@@ -115,13 +129,17 @@ def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int)
     return direction / _norms(direction)
 
 
-def _climbed(function: Function, x: Tensor, direction: Tensor, clip: Clip, steps: int) -> tuple[Tensor, Tensor]:
+def _climbed(
+    function: Function, x: Tensor, direction: Tensor, clip: Clip, steps: int, *, deadline: float
+) -> tuple[Tensor, Tensor]:
     """Gradient ascent on the quotient of a pair that is wide enough to see other pieces of the function."""
     width = 0.1 * x.norm(dim=1, keepdim=True).clamp_min(1e-3)
     point = x.clone().requires_grad_()
     gap = (direction / _norms(direction) * width).requires_grad_()
     optimiser = torch.optim.Adam([point, gap], lr=float(width.mean()) / 10 / x.shape[1] ** 0.5)
     for _ in range(steps):
+        if time.monotonic() > deadline:
+            break
         optimiser.zero_grad()
         with torch.enable_grad():
             quotient = _norms(function(point + gap) - function(point)) / _norms(gap)
@@ -132,13 +150,15 @@ def _climbed(function: Function, x: Tensor, direction: Tensor, clip: Clip, steps
     return point.detach(), gap.detach()
 
 
-def _measured(function: Function, x: Tensor, direction: Tensor, clip: Clip) -> Pair | None:
-    """The best quotient along a direction over a few distances."""
+def _measured(function: Function, x: Tensor, direction: Tensor, clip: Clip, deadline: float) -> Pair | None:
+    """The best quotient along a direction over a few distances, or over the first ones until the deadline."""
     best: Pair | None = None
     size = x.norm(dim=1, keepdim=True).clamp_min(1e-3)
     with torch.no_grad():
         base = function(x)
-        for step in (1e-3, 1e-4, 1e-5, -1e-4):
+        for step in (1e-4, 1e-3, 1e-5, -1e-4):
+            if best is not None and time.monotonic() > deadline:
+                break
             y = clip(x + step * size * direction)
             quotient = _norms(function(y) - base) / _norms(y - x)
             row = int(quotient.nan_to_num(-1).argmax())

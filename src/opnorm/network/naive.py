@@ -19,10 +19,14 @@ from opnorm.certificate.network.maps import (
 )
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
 from opnorm.norms import norm
+from opnorm.norms.fourier import torus_flops, torus_norm
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
 
 _RTOL = 1e-3
 _SMALL = 1024
+_DEAR = 1e11
+"""Flops of a convolution's symbol on its torus, a few seconds, from which on a coarser grid has to do."""
+_COARSE_RTOL = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,24 @@ def map_norm(linear: LinearMap, weights: Weights) -> float:
 
 
 def _measured(operator: LinearOperator) -> float:
-    """A proved upper bound at the cost of one pass: large convolutions on their torus, the rest as sharp as can be."""
-    large = isinstance(operator, Conv | ConvTranspose) and max(operator.in_size, operator.out_size) > _SMALL
-    return norm(operator, rtol=_RTOL, method="torus" if large else "auto").upper
+    """A proved upper bound at the cost of one pass: large convolutions by their symbol, the rest as sharp as can be."""
+    if not isinstance(operator, Conv | ConvTranspose):
+        return norm(operator, rtol=_RTOL).upper
+    conv = operator.conv if isinstance(operator, ConvTranspose) else operator
+    if conv.groups == 1 and not any(conv.reach) and (conv.mode == "zeros" or conv.padded == conv.sizes):
+        # The same matrix at every position: neither the stride nor zeros around the image add to its norm.
+        return norm(Dense(conv.weight.flatten(1)), rtol=_RTOL).upper
+    if max(operator.in_size, operator.out_size) <= _SMALL:
+        return norm(operator, rtol=_RTOL).upper
+    if conv.mode == "zeros" and torus_flops(operator) > _DEAR:
+        return norm(_of_every_size(operator), rtol=_COARSE_RTOL).upper
+    return torus_norm(operator, rtol=_RTOL, search=False).upper
+
+
+def _of_every_size(operator: Conv | ConvTranspose) -> Conv | ConvTranspose:
+    if isinstance(operator, ConvTranspose):
+        return replace(operator, conv=replace(operator.conv, spatial=None), spatial=None)
+    return replace(operator, spatial=None)
 
 
 def _fused_norm(first: LinearMap, scale: LinearMap, weights: Weights) -> float:

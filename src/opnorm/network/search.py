@@ -1,4 +1,4 @@
-"""The search for multipliers within a time budget: Fast, sweep, the adjoint fixed point, then Adam."""
+"""The search for multipliers within a time budget: Fast, sweep, the adjoint fixed point, then Newton or Adam."""
 
 import math
 import time
@@ -14,12 +14,15 @@ from opnorm.network.covariance import Forward, bound_squared
 from opnorm.network.multipliers.adam import adam
 from opnorm.network.multipliers.afp import adjoint_fixed_point
 from opnorm.network.multipliers.fast import fast
+from opnorm.network.multipliers.newton import applies, newton, seconds_per_step
 from opnorm.network.multipliers.sweep import sweep
 
-METHODS = ("fast", "sweep", "afp", "adam")
+METHODS = ("fast", "sweep", "afp", "adam", "newton")
 _AFP_ITERATIONS = 30
 _ADAM_ITERATIONS = 60
-_CLOSE = 1.002
+_NEWTON_STEPS = 80
+_NEWTON_TYPICAL = 30
+_CLOSE = 1.005
 _ADJOINT_BYTES = 1.5e9
 
 
@@ -38,14 +41,14 @@ class Found:
     method: str
 
 
-def search(chain: Chain, seconds: float, upto: str = "adam", target: float = 0.0) -> Found:
+def search(chain: Chain, seconds: float, upto: str = METHODS[-1], target: float = 0.0) -> Found:
     """The best multipliers found within a budget; every method starts from the best of those before it.
 
     Args:
         chain: the stages.
         seconds: budget; the first method runs in any case.
         upto: the last of `METHODS` to try.
-        target: a lower bound of the constant: the search ends when it is within 0.2 % of it.
+        target: a lower bound of the constant: the search ends when it is within 0.5 % of it.
     """
     last = METHODS.index(upto)
     started = time.monotonic()
@@ -70,7 +73,12 @@ def search(chain: Chain, seconds: float, upto: str = "adam", target: float = 0.0
 
         attempt(1, 3, 1, 1, lambda rounds, left: sweep(chain, best))
         attempt(2, 2, _AFP_ITERATIONS, 3, lambda rounds, left: adjoint_fixed_point(chain, best, rounds))
-        attempt(3, 5, _ADAM_ITERATIONS, 10, lambda rounds, left: adam(chain, best, rounds, seconds=left))
+        step = seconds_per_step(chain)
+        left = seconds - (time.monotonic() - started)
+        if applies(chain) and last == len(METHODS) - 1 and _NEWTON_TYPICAL * step < left:
+            attempt(4, 0, _NEWTON_STEPS, 1, lambda rounds, left: newton(chain, best, rounds, seconds=left))
+        else:
+            attempt(3, 5, _ADAM_ITERATIONS, 10, lambda rounds, left: adam(chain, best, rounds, seconds=left))
     return Found(best.multipliers, _size(best), name)
 
 

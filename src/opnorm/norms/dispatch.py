@@ -15,7 +15,7 @@ from opnorm.layers import to_operator
 from opnorm.layers.weights import check_weight
 from opnorm.norms.banded import banded_norm
 from opnorm.norms.dense import dense_norm
-from opnorm.norms.fourier import size_free_norm, torus_norm
+from opnorm.norms.fourier import torus_norm
 from opnorm.norms.groups import norm_over_groups
 from opnorm.norms.lp import L2, Order, lp_norm, parse_order
 from opnorm.norms.materialised import materialised_lp_norm, materialised_norm
@@ -23,8 +23,9 @@ from opnorm.norms.probable import estimated_norm, probable_norm
 from opnorm.norms.rescaled import rescaled
 from opnorm.norms.row_sums import row_sum_norm
 from opnorm.norms.select import DENSE_LIMIT, check_guarantee, select
+from opnorm.norms.size_free import size_free_norm
 from opnorm.norms.structured import structured_norm
-from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator
+from opnorm.operators import Composed, Conv, ConvTranspose, Dense, LinearOperator, Scaled
 
 Method = Literal["auto", "dense", "torus", "size-free", "banded", "structured", "lanczos"]
 
@@ -146,7 +147,7 @@ def _run(
     match name, operator:
         case "lanczos", _:
             return _lanczos(operator, rtol, guarantee, failure_probability)
-        case "structured", _:
+        case ("structured", _) | ("size-free", Scaled()):
             return _structured(operator, rtol, guarantee, failure_probability)
         case "torus", Conv() | ConvTranspose():
             return torus_norm(operator, rtol=rtol)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from opnorm._enclosure import Guarantee
 from opnorm.errors import ArgumentError, InputShapeError
 from opnorm.norms.banded import banded_cost, banded_fits
-from opnorm.norms.fourier import size_free_flops, torus_flops
+from opnorm.norms.fourier import torus_flops
 from opnorm.norms.memory import require_memory
 from opnorm.norms.probable import steps_needed
+from opnorm.norms.size_free import size_free_flops
 from opnorm.norms.structured import STRUCTURED
-from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
+from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator, Scaled
 
 METHODS: dict[str, str] = {
     "dense": "one Gram matrix and one Cholesky factorisation; exact for every geometry, for what fits memory",
@@ -78,10 +79,11 @@ def select(
         raise ArgumentError("method='lanczos' proves no upper end; ask for guarantee='probable' or 'estimate'")
     if method != "auto":
         return _plan(operator, method, "asked for", rtol)
+    inner = operator.operator if isinstance(operator, Scaled) else operator
+    if isinstance(inner, Conv | ConvTranspose) and inner.spatial is None:
+        return _plan(inner, "size-free", "no input size was given", rtol)
     if isinstance(operator, STRUCTURED):
         return _plan(operator, "structured", "its norm can be read off its structure", rtol)
-    if isinstance(operator, Conv | ConvTranspose) and _size_free(operator):
-        return _plan(operator, "size-free", "no input size was given", rtol)
     if guarantee != "proved":
         return _plan(operator, "lanczos", f"{guarantee} asks for applications only", rtol)
     if isinstance(operator, Conv | ConvTranspose):
@@ -99,10 +101,6 @@ def check_guarantee(guarantee: str) -> None:
     """
     if guarantee not in {"proved", "probable", "estimate"}:
         raise ArgumentError(f"guarantee={guarantee!r}: it is 'proved', 'probable' or 'estimate'")
-
-
-def _size_free(operator: Conv | ConvTranspose) -> bool:
-    return operator.spatial is None
 
 
 def _for_convolution(operator: Conv | ConvTranspose, rtol: float) -> Plan:

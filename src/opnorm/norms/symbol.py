@@ -65,12 +65,12 @@ class Grid:
         factor = 4.0 if self.kernel.is_complex() else rounding.up(math.sqrt(2.0))
         return rounding.mul_up(factor, rounding.gamma(2 * taps + 2) + 2 * _PHASE_ERROR, spread)
 
-    def alias_frequencies(self, index: Tensor) -> Tensor:
-        """All frequencies that fold onto those at `index`: (B,) -> (B, aliases, d)."""
+    def alias_frequencies(self, frequencies: Tensor) -> Tensor:
+        """All frequencies that fold onto the given ones: (B, d) -> (B, aliases, d)."""
         steps = [n // s for n, s in zip(self.sizes, self.stride, strict=True)]
         shifts = [[m * step for m in range(s)] for step, s in zip(steps, self.stride, strict=True)]
-        folded = torch.tensor(list(itertools.product(*shifts)), device=index.device)  # shape: (aliases, d)
-        return self.frequencies[index][:, None, :] + folded
+        folded = torch.tensor(list(itertools.product(*shifts)), device=frequencies.device)  # shape: (aliases, d)
+        return frequencies[:, None, :] + folded
 
     def phases(self, frequencies: Tensor) -> Tensor:
         """`exp(2 pi i sum f_i j_i / N_i)` for integer frequencies: (..., d) -> (..., taps), complex128."""
@@ -82,18 +82,18 @@ class Grid:
         angle = residue.to(torch.float64) * (math.tau / common)
         return torch.complex(torch.cos(angle), torch.sin(angle))
 
-    def blocks(self, index: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """Real and imaginary parts of the blocks at the frequencies `index`, not yet over `sqrt(aliases)`.
+    def blocks(self, frequencies: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Real and imaginary parts of the blocks at some frequencies, not yet over `sqrt(aliases)`.
 
         Args:
-            index: positions in `frequencies`, shape (B,).
+            frequencies: integers, shape (B, d).
             dtype: float64, or float32 for a search.
 
         Returns:
             Two tensors of shape (B * groups, c_out, c_in * aliases); the group varies fastest.
         """
         groups, c_out, c_in, _ = self.kernel.shape
-        phase = self.phases(self.alias_frequencies(index))  # shape: (B, aliases, taps)
+        phase = self.phases(self.alias_frequencies(frequencies))  # shape: (B, aliases, taps)
         if self.kernel.is_complex():
             real_part, imag_part = self.kernel.real, self.kernel.imag
             waves = torch.cat([torch.cat([phase.real, -phase.imag], -1), torch.cat([phase.imag, phase.real], -1)])
@@ -102,7 +102,7 @@ class Grid:
             waves, weights = torch.cat([phase.real, phase.imag]), self.kernel
         table = weights.to(dtype).reshape(-1, weights.shape[-1])  # shape: (groups * c_out * c_in, taps)
         values = waves.to(dtype).reshape(-1, weights.shape[-1]) @ table.mT
-        shape = (2, len(index), self.aliases, groups, c_out, c_in)
+        shape = (2, len(frequencies), self.aliases, groups, c_out, c_in)
         parts = values.reshape(shape).permute(0, 1, 3, 4, 2, 5)
-        real, imag = parts.reshape(2, len(index) * groups, c_out, self.aliases * c_in)
+        real, imag = parts.reshape(2, len(frequencies) * groups, c_out, self.aliases * c_in)
         return real, imag

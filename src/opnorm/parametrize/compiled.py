@@ -43,7 +43,7 @@ def _ordinary_keys() -> list[Any]:
     return found
 
 
-def _ordinary_dispatch() -> AbstractContextManager[None]:
+def ordinary_dispatch() -> AbstractContextManager[None]:
     """Compute as outside a graph.
 
     A compiled graph runs its operations with lazy conjugation switched off: `x * y.conj()` silently loses the
@@ -69,7 +69,7 @@ def _owner(number: int) -> "SpectralNormalization":
 @torch.library.custom_op("opnorm::triple", mutates_args=())
 def triple(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """The gain, left and right vectors of the training estimate, refreshed when the weight is new."""
-    with _ordinary_dispatch():
+    with ordinary_dispatch():
         found = _owner(number).triple(weight)
     right = weight.new_empty(0) if found.right is None else found.right.clone()
     return found.sigma.clone(), found.left.clone(), right
@@ -95,7 +95,7 @@ def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op("opnorm::deployed", mutates_args=())
 def deployed(weight: Tensor, number: int, scale: Tensor | None) -> Tensor:
     """The proved weight, computed when the raw one is new."""
-    with _ordinary_dispatch():
+    with ordinary_dispatch():
         return _owner(number).deployed(weight, scale).clone()
 
 

@@ -14,7 +14,7 @@ from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
-from opnorm.parametrize.sharding import follow_shards, local
+from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards, local
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.states import adopt_state
 
@@ -96,6 +96,7 @@ def spectral_norm(
     rule.order = tuple(module._parameters)
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
+    setattr(type(module), PARALLELISED, ParallelizeFirst(label))  # a class of this layer's own, by torch
     chain = chain_of(module, name)
     follow_shards(chain.original, chain, "original")
     if raw.device.type != "meta":
@@ -163,7 +164,10 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
     chains = cast(nn.ModuleDict, module.parametrizations)
     del chains[name]
     if len(chains):
-        kept = {key: value for key, value in vars(cls).items() if key not in {name, "__dict__", "__weakref__"}}
+        dropped = {name, "__dict__", "__weakref__"}
+        if all(rule_of(module, other) is None for other in chains):
+            dropped.add(PARALLELISED)
+        kept = {key: value for key, value in vars(cls).items() if key not in dropped}
         module.__class__ = type(cls.__name__, cls.__bases__, kept)
     else:
         del module.parametrizations

@@ -82,3 +82,28 @@ def follow_shards(parameter: Tensor, module: torch.nn.Module, name: str) -> None
         if info is None or not hasattr(info, "param_name") or not hasattr(info, "module"):
             raise ArgumentError("this version of torch cannot normalise what fully_shard has sharded; normalise first")
         info.module, info.param_name = module, name
+
+
+PARALLELISED = "_distribute_module_applied"
+"""Where `parallelize_module` looks first, whatever the style: it sets this on what it has parallelised."""
+
+
+class ParallelizeFirst:
+    """Stands in that place on the class of a normalised layer, and raises where `parallelize_module` asks for it.
+
+    A layer that was parallelised before holds torch's own answer, which hides this one.
+    """
+
+    def __init__(self, label: str) -> None:
+        """Hold the layer and the weight, for the message."""
+        self.label = label
+
+    def __bool__(self) -> bool:
+        """Refuse to answer.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError(
+            f"{self.label} is normalised already: call parallelize_module first, then opnorm.spectral_norm"
+        )

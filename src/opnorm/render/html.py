@@ -3,7 +3,7 @@
 import math
 from pathlib import PurePath
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from opnorm.auditing import Report, Row
@@ -13,13 +13,12 @@ from opnorm.render.text import ceiling, floor, printable, shaped
 
 def to_html(report: Report) -> str:
     """Return the page: verdict, plots, a sortable table, what was not measured and why, and how to read it."""
-    page = pages()
     broken = frozenset(violation.name for violation in report.violations)
     roles = list(dict.fromkeys(row.role for row in report.rows))
     bars = _bars(report.rows)
     # The plots hold no text of the file's, only our own.
     plots = (Markup(per_layer(report.rows, broken)), Markup(distribution(report.rows))) if report.rows else ()
-    return page.get_template("report.html").render(
+    return template("report.html").render(
         report=report,
         title=PurePath(report.source).name or report.source,
         rows=[
@@ -32,8 +31,8 @@ def to_html(report: Report) -> str:
     )
 
 
-def pages() -> Environment:
-    """The templates, with everything that fills them escaped."""
+def template(name: str) -> Template:
+    """Return a template whose text cannot inject, with the filters that print numbers and names."""
     page = Environment(
         loader=PackageLoader("opnorm.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -44,7 +43,7 @@ def pages() -> Environment:
         "shaped": shaped,
         "breakable": _breakable,
     }
-    return page
+    return page.get_template(name)
 
 
 def _breakable(name: str) -> Markup:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from opnorm._version import __version__
 from opnorm.network import NetworkBound, NodeBound
-from opnorm.render.html import pages
+from opnorm.render.html import template
 from opnorm.render.json import finite
 from opnorm.render.lanes import gutters
 from opnorm.render.network_plots import sandwich, waterfall
@@ -53,20 +53,16 @@ def bound_html(bound: NetworkBound, source: str) -> str:
     drawn = 0 < bound.upper < math.inf
     plots = (Markup(sandwich(bound)), Markup(waterfall(bound))) if drawn else ()
     lanes = map(Markup, gutters(bound.nodes, COLOURS))
-    return (
-        pages()
-        .get_template("bound.html")
-        .render(
-            bound=bound,
-            title=source,
-            rows=list(zip(bound.nodes, lanes, _changes(bound.nodes), strict=True)),
-            legend=[(MEANING[kind], colour) for kind, colour in COLOURS.items() if kind in used],
-            plots=plots,
-            why=any(node.note for node in bound.nodes),
-            unbounded=next((node for node in bound.nodes if math.isinf(node.constant)), None),
-            version=__version__,
-            below=bound.product / bound.upper if 0 < bound.upper < math.inf and bound.product < math.inf else 1.0,
-        )
+    return template("bound.html").render(
+        bound=bound,
+        title=source,
+        rows=list(zip(bound.nodes, lanes, _changes(bound.nodes), strict=True)),
+        legend=[(MEANING[kind], colour) for kind, colour in COLOURS.items() if kind in used],
+        plots=plots,
+        why=any(node.note for node in bound.nodes),
+        unbounded=next((node for node in bound.nodes if math.isinf(node.constant)), None),
+        version=__version__,
+        below=bound.product / bound.upper if 0 < bound.upper < math.inf and bound.product < math.inf else 1.0,
     )
 
 

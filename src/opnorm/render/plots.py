@@ -7,10 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from opnorm.auditing import Row
-from opnorm.render.svg import ALERT, INK, ROLE, drawable, plain_decades, svg
-
-ROLE_COLOURS = 8
-"""Number of colours for roles in the page's style; further roles share the last one."""
+from opnorm.render.svg import ALERT, INK, ROLE, ROLE_COLOURS, drawable, plain_decades, svg
 
 
 def role_index(roles: Sequence[str], role: str) -> int:

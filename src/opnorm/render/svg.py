@@ -16,6 +16,11 @@ Painter = Callable[[Axes], None]
 
 INK, FAINT, ALERT, GOOD, ACCENT = "#010101", "#020202", "#030303", "#050505", "#060606"
 ROLE = "#0404{:02x}"
+"""Colour of a number: format it."""
+
+ROLE_COLOURS = 8
+"""Number of numbered colours in the page's style; what is above shares the last one."""
+
 _VARIABLES = {
     INK: "var(--ink)",
     FAINT: "var(--faint)",

@@ -58,13 +58,15 @@ def verify(
     if isinstance(certificate, str | PathLike) and is_network_certificate(Path(certificate)):
         certificate = NetworkCertificate.load(Path(certificate))
     model = weights if isinstance(weights, nn.Module) else None
+    if isinstance(certificate, NetworkCertificate) and model is not None:
+        found = verify_network(certificate, model, progress)
+        return replace(found, assumptions=_compared(certificate, model))
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
     if isinstance(weights, str | PathLike):
         weights = stored_tensors(weights, part)
     if isinstance(certificate, NetworkCertificate):
-        found = verify_network(certificate, weights if isinstance(weights, Mapping) else dict(weights), progress)
-        return found if model is None else replace(found, assumptions=_compared(certificate, model))
+        return verify_network(certificate, weights if isinstance(weights, Mapping) else dict(weights), progress)
     claimed = certificate if isinstance(certificate, Certificate) else _read(Path(certificate))
     return verify_weights(claimed, weights, progress)
 

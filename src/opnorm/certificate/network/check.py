@@ -1,6 +1,6 @@
 """Verify a network's certificate from the weights alone: nothing of the search is used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.composition import composed, prove_norms
+from opnorm.certificate.network.cost import fourier_cost
 from opnorm.certificate.network.encoding import described
 from opnorm.certificate.network.file import NetworkCertificate, digest, read_names
 from opnorm.certificate.network.fourier_chain import fourier_chain
@@ -57,7 +58,7 @@ def verify_network(
 
     Args:
         certificate: or the path of its file.
-        weights: tensors by name, or a model with them.
+        weights: tensors by name, or a model with them (in evaluation mode, where its weights are parametrized).
         progress: called before each stage with the number of those before it, of all, and its name.
 
     The certificate states the graph: that the network computes it is what its reader has to accept, together with the
@@ -77,11 +78,12 @@ def verify_network(
     """
     if not isinstance(certificate, NetworkCertificate):
         certificate = NetworkCertificate.load(Path(certificate))
-    if isinstance(weights, nn.Module):
-        weights = weights.state_dict()
-    names, read = tuple(weights), read_names(certificate.program)
-    check_names(certificate, weights)
-    weights = {name: weights[name] for name in read if name in weights}
+    read = read_names(certificate.program)
+    stored = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    names = tuple(stored)
+    check_names(certificate, stored)
+    used = weights_in_use(weights, read) if isinstance(weights, nn.Module) else weights
+    weights = {name: used[name].detach() for name in read if name in used}
     check_weights(certificate, weights)
     check_program(certificate.program, weights)
     check_slopes(certificate.program, weights)
@@ -110,8 +112,7 @@ def _proved(certificate: NetworkCertificate, weights: Weights, progress: Progres
         return composed(program, certificate.norms)
     if certificate.norms:
         raise CertificateError("the covariance calculus has no norms of steps")
-    chain = chain_of(program, weights, certificate.calculus)
-    return prove(chain, certificate.multipliers, 0, progress).upper
+    return prove(chains_of(program, weights, certificate.calculus), certificate.multipliers, 0, progress).upper
 
 
 def check_names(certificate: NetworkCertificate, weights: Weights) -> None:
@@ -141,6 +142,18 @@ def check_weights(certificate: NetworkCertificate, weights: Weights) -> None:
         raise CertificateError(f"the certificate names {min(extra)!r}, which its program does not read")
 
 
+def weights_in_use(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """What a model computes with under these names: of a parametrized layer the result, not what is stored for it."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        home, _, last = name.rpartition(".")
+        try:
+            found[name] = getattr(model.get_submodule(home), last)
+        except AttributeError:
+            continue
+    return found
+
+
 def chain_of(program: Program, weights: Weights, calculus: str) -> Chain:
     """The stages of a program in the named calculus.
 
@@ -152,6 +165,15 @@ def chain_of(program: Program, weights: Weights, calculus: str) -> Chain:
     if calculus == "fourier":
         return fourier_chain(program, weights)
     raise CertificateError(f"there is no calculus {calculus!r}")
+
+
+def chains_of(program: Program, weights: Weights, calculus: str) -> Iterator[Chain]:
+    """The same in as many parts, one after the other, as memory asks for; they share their multipliers."""
+    parts = fourier_cost(program).parts() if calculus == "fourier" else []
+    if len(parts) < 2:
+        yield chain_of(program, weights, calculus)
+    else:
+        yield from (fourier_chain(program, weights, part=part) for part in parts)
 
 
 def check_slopes(program: Program, weights: Weights) -> None:

@@ -6,6 +6,7 @@ positions, so they are one per channel, for all frequencies and aliases. Only ha
 are kept: the others are conjugates.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product as cartesian
 from math import prod
@@ -17,6 +18,7 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network import symbols
 from opnorm.certificate.network.affine import Rows, expanded, permuted, scaled_rows, stacked, summed
 from opnorm.certificate.network.maps import Convolution, Gather, Matrix, Scale, Weights, stored
+from opnorm.certificate.network.order import hoisted
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
 from opnorm.certificate.network.stages import (
     Answer,
@@ -38,32 +40,58 @@ from opnorm.errors import TooLargeError, UnsupportedLayerError
 
 Axes = tuple[int, ...]
 
+_MOST_FREQUENCIES = 2**24
 
-def fourier_chain(program: Program, weights: Weights, limit: float = 6e9) -> Chain:
+
+def fourier_chain(program: Program, weights: Weights, limit: float = 6e9, part: Tensor | None = None) -> Chain:
     """The stages of a convolutional program.
 
     Args:
         program: what the network computes.
         weights: its stored weights, by name.
         limit: largest number of bytes of one cover.
+        part: positions among the `coarse_frequencies`, whose blocks alone are kept; all by default.
 
     Raises:
         UnsupportedLayerError: if a step has no counterpart on a torus.
         TooLargeError: if a cover would exceed the limit.
     """
-    plan = layout(program)
-    first = plan.places[program.inputs[0]]
-    assert first is not None
-    _require(prod(plan.torus) // 2, max(first.channels, 4), limit)  # before the frequencies are listed
-    return _Builder(program, {**weights, **program.constants}, plan, limit).chain()
+    walk = fourier_walk(program, weights, limit, part)
+    stages = tuple(walk.transitions())
+    return Chain(walk.width, stages, walk.out, walk.blocks)
+
+
+def fourier_walk(program: Program, weights: Weights, limit: float = 6e9, part: Tensor | None = None) -> "Walk":
+    """The same, stage by stage, for networks whose stages together would fill the memory."""
+    program, order = hoisted(program)
+    return Walk(program, order, {**weights, **program.constants}, layout(program), limit, part)
+
+
+def coarse_frequencies(plan: Layout) -> Tensor:
+    """Half the spectrum of the coarsest grid, shape (f, d): nothing couples one of them to another before the head.
+
+    The frequencies of finer grids are aliases of these.
+    """
+    return _half_spectrum(tuple(t // f for t, f in zip(plan.torus, plan.coarsest, strict=True)))
+
+
+def _half_spectrum(points: Axes) -> Tensor:
+    if prod(points) > _MOST_FREQUENCIES:
+        raise TooLargeError(f"the Fourier calculus needs {prod(points)} frequencies")
+    axes = [torch.arange(n) for n in points[:-1]] + [torch.arange(points[-1] // 2 + 1)]
+    return torch.cartesian_prod(*axes).reshape(-1, len(points))
 
 
 @dataclass(eq=False)
-class _Builder:
+class Walk:
+    """A program's stages, built one after the other; `out` is there once `transitions` has ended."""
+
     program: Program
+    order: tuple[int, ...]
     weights: Weights
     plan: Layout
     limit: float
+    part: Tensor | None = None
     rows: dict[int, Rows] = field(default_factory=dict)
     stages: list[Transition] = field(default_factory=list)
     level: Axes = ()
@@ -71,17 +99,37 @@ class _Builder:
     cropped: set[int] = field(default_factory=set)
     base: list[Place | None] = field(default_factory=list)
 
-    def chain(self) -> Chain:
+    @property
+    def first(self) -> Place:
+        """Where the input lives."""
+        place = self.plan.places[self.program.inputs[0]]
+        assert place is not None
+        return place
+
+    @property
+    def width(self) -> int:
+        """Channels of the input."""
+        return self.first.channels
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the first base."""
+        return len(self.frequencies(self.first.level))
+
+    @property
+    def out(self) -> Rows:
+        """The outputs over the last base."""
+        out = stacked([self.rows[i] for i in self.program.outputs])
+        untouched = not self.flat and out.value.shape[0] == 1
+        return expanded(out, len(self.frequencies(self.level))) if untouched else out
+
+    def transitions(self) -> Iterator[Transition]:
+        """Build the stages, each when it is asked for."""
         last = last_readers(self.program)
-        (start,) = self.program.inputs
-        first = self.plan.places[start]
-        assert first is not None
-        self.level = first.level
-        self.base = [first]
-        blocks = len(self.frequencies(self.level))
+        self.level, self.base = self.first.level, [self.first]
         for position, step in enumerate(self.program.steps):
             if isinstance(step, Input):
-                self.rows[position] = _identity(blocks, first.channels, 0, first.channels)
+                self.rows[position] = self.identity(self.width, 0, self.width)
             elif self.plan.places[position] is None and not self.flat:
                 self.flatten(position, step, last)
             elif isinstance(step, Elementwise | Opaque):
@@ -91,10 +139,14 @@ class _Builder:
             else:
                 self.rows[position] = self.linear(position, step, last)
             self.rows = {i: r for i, r in self.rows.items() if last[i] > position}
-        out = stacked([self.rows[i] for i in self.program.outputs])
-        if not self.stages and blocks > 1 and out.value.shape[0] == 1:
-            out = expanded(out, blocks)
-        return Chain(first.channels, tuple(self.stages), out, blocks)
+            yield from self.stages
+            self.stages.clear()
+
+    def identity(self, width: int, start: int, size: int) -> Rows:
+        """Rows of the base itself; complex in Fourier space, except on a torus of one point."""
+        real = self.flat or (self.part is None and len(self.frequencies(self.level)) == 1)
+        eye = torch.eye(width, dtype=torch.float64 if real else torch.complex128)
+        return Rows(eye[None, start : start + size])
 
     # ---------------------------------------------------------------- the grid of frequencies
 
@@ -103,10 +155,14 @@ class _Builder:
         return tuple(t // f for t, f in zip(self.plan.torus, level, strict=True))
 
     def frequencies(self, level: Axes) -> Tensor:
-        """The frequencies whose blocks are kept, shape (blocks, d)."""
+        """The frequencies whose blocks are kept, shape (blocks, d): half of all, or the aliases of the part's."""
         points = self.grid(level)
-        axes = [torch.arange(n) for n in points[:-1]] + [torch.arange(points[-1] // 2 + 1)]
-        return torch.cartesian_prod(*axes).reshape(-1, len(points))
+        if self.part is None:
+            return _half_spectrum(points)
+        coarse = torch.tensor(self.grid(self.plan.coarsest))
+        ratios = [f // g for f, g in zip(self.plan.coarsest, level, strict=True)]
+        shifts = torch.tensor(list(cartesian(*(range(r) for r in ratios)))).reshape(-1, len(level)) * coarse
+        return (coarse_frequencies(self.plan)[self.part][:, None] + shifts).flatten(0, 1)
 
     def aliases(self, level: Axes) -> Tensor:
         """The aliases of a tensor at a level on the base's grid, in multiples of that grid's size, shape (a, d)."""
@@ -150,6 +206,7 @@ class _Builder:
     # ---------------------------------------------------------------- affine steps
 
     def linear(self, position: int, step: Step, last: list[int]) -> Rows:
+        """Rows of an affine step whose result is an image."""
         place = self.plan.places[position]
         assert place is not None
         if position in self.plan.crops and step.sources[0] not in self.cropped:
@@ -256,16 +313,16 @@ class _Builder:
 
     def _stage(self, key: int, answer: Answer, place: Place | None, now: int, last: list[int]) -> None:
         keep = [i for i in self.rows if last[i] > now]
-        stage = staged(answer, [self.rows[i] for i in keep], now)
+        stage = staged(answer, [self.rows[i] for i in keep], self.order[now])
         self.stages.append(stage)
         blocks = 1 if self.flat else len(self.frequencies(self.level))
         self._check(stage.mean.height + stage.spread.height, blocks)
         start, width = 0, stage.mean.height
         new: dict[int, Rows] = {}
         for i in keep:
-            new[i] = _identity(blocks, width, start, self.rows[i].height)
+            new[i] = self.identity(width, start, self.rows[i].height)
             start += self.rows[i].height
-        new[key] = _identity(blocks, width, start, answer.mean.height)
+        new[key] = self.identity(width, start, answer.mean.height)
         self.base = [*(self.plan.places[i] for i in keep), place]
         self.rows = new
 
@@ -281,7 +338,7 @@ class _Builder:
         assert source is not None
         if isinstance(step, Opaque):
             rows = stacked([self.rows[i] for i in step.sources])
-            self.stages += [staged(opaque_answer(step, rows, step.size), [], position), Detach()]
+            self.stages += [staged(opaque_answer(step, rows, step.size), [], self.order[position]), Detach()]
         else:
             assert isinstance(step, Linear) and isinstance(step.map, Matrix)
             head = self._head(step.map, source)
@@ -293,8 +350,8 @@ class _Builder:
 
     def _weights(self) -> Tensor:
         """How often each block counts in a sum over the torus: 2 where its conjugate is left out."""
-        points = self.grid(self.level)[-1]
-        last = self.frequencies(self.level)[:, -1]
+        points = self.grid(self.level if self.part is None else self.plan.coarsest)[-1]
+        last = self.frequencies(self.level)[:, -1] % points
         return torch.where((last == 0) | (2 * last == points), 1.0, 2.0).to(torch.float64)
 
     def _head(self, matrix: Matrix, source: Place) -> Rows:
@@ -327,11 +384,6 @@ class _Builder:
 def _require(blocks: int, width: int, limit: float) -> None:
     if 16.0 * blocks * width * width > limit:
         raise TooLargeError(f"the Fourier calculus needs {blocks} blocks of {width} x {width} numbers")
-
-
-def _identity(blocks: int, width: int, start: int, size: int) -> Rows:
-    eye = torch.eye(width, dtype=torch.complex128 if blocks > 1 else torch.float64)
-    return Rows(eye[None, start : start + size])
 
 
 def _folded(rows: Rows, blocks: Tensor, conjugate: Tensor) -> Rows:

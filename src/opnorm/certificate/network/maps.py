@@ -43,7 +43,7 @@ def exactly(name: str, weight: Tensor) -> Tensor:
     """
     if weight.layout != torch.strided or weight.is_quantized or weight.is_complex() or weight.is_meta:
         raise CertificateError(f"the weight {name!r} is no plain tensor of real numbers")
-    wide = weight.detach().to(device="cpu", dtype=torch.float64)
+    wide = weight.to(device="cpu", dtype=torch.float64)
     if weight.dtype in (torch.int64, torch.uint64) and bool((wide.abs() >= 2.0**53).any()):
         raise CertificateError(f"the weight {name!r} holds integers of 2^53 and more")
     return wide

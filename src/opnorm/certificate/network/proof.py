@@ -12,7 +12,7 @@ Every stage starts from the exactly stored P' of the one before, so rounding err
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.affine import Rows, stacked
-from opnorm.certificate.network.stages import Chain, Collect, Detach, Regrid, Stage
+from opnorm.certificate.network.stages import Chain, Collect, Detach, Regrid, Stage, Transition
 from opnorm.certificate.posdef import eigenvalue_floor, require_ieee_arithmetic
 from opnorm.errors import CertificateError
+
+Progress = Callable[[int, int, str], None]
 
 _FIRST_INFLATION = 1e-10
 _LAST_INFLATION = 1e-3
@@ -44,37 +46,65 @@ class Proof:
 
 
 def prove(
-    chain: Chain,
+    chain: Chain | Iterable[Chain],
     multipliers: Sequence[Tensor],
     pairs_up_to: int = 1024,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Proof:
     """Prove a bound from any positive multipliers, one tensor for each stage.
 
     Args:
-        chain: the stages.
-        multipliers: in their order.
-        pairs_up_to: largest number of outputs whose pairs are bounded.
-        progress: called before each stage with the number of those before it, of all, and what is done.
+        chain: the stages; or those of each part of the frequencies, one after the other, for less memory.
+        multipliers: shared by all parts.
+        pairs_up_to: how many outputs there may be for pairwise bounds.
+        progress: called before each stage with the number of those before it, of those of its part, and its name.
 
     Raises:
         CertificateError: if a stage cannot be proved, such as for multipliers that are too small.
     """
     require_ieee_arithmetic()
-    cover = start(chain)
-    queue = list(multipliers)
-    if len(queue) != len(chain.choices):
-        raise CertificateError(f"the network has {len(chain.choices)} non-linear steps, not {len(queue)}")
-    for number, stage in enumerate(chain.stages):
+    sums: list[tuple[Tensor, Tensor]] = []
+    proofs: list[Proof] = []
+    queue: list[Tensor] = []
+    for chain_of_part in [chain] if isinstance(chain, Chain) else chain:
+        whole, cover, queue = chain_of_part, start(chain_of_part), list(multipliers)
+        if len(queue) != len(whole.choices):
+            raise CertificateError(f"the network has {len(whole.choices)} non-linear steps, not {len(queue)}")
+        cover, rest = _passed(cover, list(whole.stages), queue, progress)
+        if rest and isinstance(rest[0], Collect):
+            sums.append(summand(cover, rest[0]))
+        elif not rest:
+            proofs.append(conclude(cover, whole.out, pairs_up_to))
+        elif isinstance(rest[0], Detach):
+            cover = rest[0].apply(cover)  # every part leaves the same
+    if proofs:
+        return proofs[0] if len(proofs) == 1 else _largest_of(proofs)
+    if sums:
+        cover = collected(sums)
+    cover, _ = _passed(cover, rest[1:], queue)
+    return conclude(cover, whole.out, pairs_up_to)
+
+
+def _passed(
+    cover: Tensor, stages: list[Transition], queue: list[Tensor], progress: Progress | None = None
+) -> tuple[Tensor, list[Transition]]:
+    """The cover before the stage that joins the blocks, and the stages from that one on; takes from the queue."""
+    for number, stage in enumerate(stages):
         if progress is not None:
-            progress(number, len(chain.stages), f"proving stage {number + 1}")
+            progress(number, len(stages), f"proving stage {number + 1}")
         if isinstance(stage, Stage):
             cover = advance(cover, stage, queue.pop(0))
-        elif isinstance(stage, Regrid | Detach):
+        elif isinstance(stage, Regrid):
             cover = stage.apply(cover)
         else:
-            cover = collected(cover, stage)
-    return conclude(cover, chain.out, pairs_up_to)
+            return cover, stages[number:]
+    return cover, []
+
+
+def _largest_of(proofs: list[Proof]) -> Proof:
+    """The bounds that hold for the direct sum of the parts."""
+    coordinates = torch.stack([proof.coordinates for proof in proofs]).amax(0)
+    return Proof(max(proof.upper for proof in proofs), None, coordinates)
 
 
 def start(chain: Chain) -> Tensor:
@@ -82,14 +112,21 @@ def start(chain: Chain) -> Tensor:
     return torch.eye(chain.width, dtype=chain.dtype).expand(chain.blocks, chain.width, chain.width)
 
 
-def collected(cover: Tensor, stage: Collect) -> Tensor:
-    """A proved cover of a sum over the frequencies: what was computed, and the norm of its error on the diagonal."""
+def summand(cover: Tensor, stage: Collect) -> tuple[Tensor, Tensor]:
+    """What some of the frequencies add to the cover of a sum over all of them, and a bound of its error."""
     gram, error = sandwich(stage.rows, cover)
     weights = stage.weights[:, None, None]
-    total = (weights * gram.real).sum(0, keepdim=True)
-    total = (total + total.mT) / 2
     doubt = (weights * (error + gram.abs() * rounding.gamma(len(gram) + 4))).sum(0, keepdim=True)
-    radius = doubt.sum(-1).amax() * (1 + rounding.gamma(2 * len(gram) + 2 * doubt.shape[-1]))
+    return (weights * gram.real).sum(0, keepdim=True), doubt * (1 + rounding.gamma(2 * len(gram)))
+
+
+def collected(sums: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """A proved cover of a sum over the frequencies: what was computed, and the norm of its error on the diagonal."""
+    total = torch.cat([value for value, _ in sums]).sum(0, keepdim=True)
+    total = (total + total.mT) / 2
+    added = torch.cat([value.abs() for value, _ in sums]).sum(0, keepdim=True) * rounding.gamma(len(sums) + 4)
+    doubt = torch.cat([error for _, error in sums]).sum(0, keepdim=True) + added
+    radius = doubt.sum(-1).amax() * (1 + rounding.gamma(2 * len(sums) + 2 * doubt.shape[-1] + 8))
     size = total.abs().amax()
     return total + torch.eye(total.shape[-1], dtype=torch.float64) * (radius + 4 * rounding.U * (size + radius))
 

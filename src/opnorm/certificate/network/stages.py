@@ -338,7 +338,7 @@ def opaque_answer(step: Opaque, source: Rows, height: int) -> Answer:
 
 def lean_of(middle: Tensor, radius: Tensor) -> float:
     """The largest |middle| / radius."""
-    return float((middle.abs() / radius).max()) if len(radius) else 0.0
+    return float((middle.abs() / radius).detach().max()) if len(radius) else 0.0
 
 
 def _slice_of_identity(width: int, start: int, size: int) -> Rows:

@@ -38,11 +38,13 @@ class Layout:
         torus: points per axis at level 1.
         places: of each step that lives in Fourier space; None for those after the images were flattened.
         crops: steps that must read a cropped copy of their source.
+        coarsest: a level that all levels divide.
     """
 
     torus: tuple[int, ...]
     places: tuple[Place | None, ...]
     crops: frozenset[int]
+    coarsest: tuple[int, ...]
 
 
 def layout(program: Program) -> Layout:
@@ -76,7 +78,7 @@ def layout(program: Program) -> Layout:
             raise _unfit(
                 first, "circular padding together with zero padding, or with a size that strides do not divide"
             )
-    return Layout(torus, tuple(places), frozenset(crops))
+    return Layout(torus, tuple(places), frozenset(crops), tuple(coarsest))
 
 
 def _place(

@@ -9,6 +9,7 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.activations import FIXED, UNBOUNDED, activation_slopes
 from opnorm.certificate.network.program import Opaque, slopes
 from opnorm.graph import Node, Ref, Weight
+from opnorm.network.rules.lp_pooling import lp_pooling
 from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
 from opnorm.network.rules.shape import broadcast, gathered, joined, part_rule
 
@@ -102,7 +103,10 @@ def unbounded(node: Node, build: Builder) -> int:
 
 @register_rule("aten.pow.Tensor_Scalar")
 def power(node: Node, build: Builder) -> int:
-    """The first power changes nothing; the others are unbounded."""
+    """The first power changes nothing; lp pooling ends in a power; the others are unbounded."""
+    pooled = lp_pooling(node, build)
+    if pooled is not None:
+        return pooled
     source = build.source(node.args[0], node)
     if node.args[1] == 1:
         return source

@@ -49,9 +49,9 @@ def average_pool(node: Node, build: Builder) -> int:
     source, shape = build.source(x, node), build.shape(x)
     dims = len(shape) - 1
     _require_images(node, build)
-    kernel = _tuple(kernel, dims)
-    stride = _tuple(node.args[2] if len(node.args) > 2 and node.args[2] else kernel, dims)
-    padding = _tuple(node.args[3] if len(node.args) > 3 else 0, dims)
+    kernel = as_tuple(kernel, dims)
+    stride = as_tuple(node.args[2] if len(node.args) > 2 and node.args[2] else kernel, dims)
+    padding = as_tuple(node.args[3] if len(node.args) > 3 else 0, dims)
     ceil = bool(node.args[4]) if len(node.args) > 4 else bool(node.kwargs.get("ceil_mode", False))
     counts = bool(node.args[5]) if len(node.args) > 5 else bool(node.kwargs.get("count_include_pad", True))
     divisor = node.args[6] if len(node.args) > 6 else node.kwargs.get("divisor_override")
@@ -103,19 +103,36 @@ def _max_pool(whole: Node, node: Node, build: Builder) -> int:
     source, shape = build.source(x, node), build.shape(x)
     dims = len(shape) - 1
     _require_images(whole, build)
-    kernel = _tuple(kernel, dims)
-    stride = _tuple(whole.args[2] if len(whole.args) > 2 and whole.args[2] else kernel, dims)
-    padding = _tuple(whole.args[3] if len(whole.args) > 3 else 0, dims)
-    dilation = _tuple(whole.args[4] if len(whole.args) > 4 else 1, dims)
-    count = 1
-    for axis in range(dims):
-        covered = torch.zeros(shape[1 + axis], dtype=torch.int64)
-        for window in range(node.sample_shape[1 + axis]):
-            taps = window * stride[axis] - padding[axis] + dilation[axis] * torch.arange(kernel[axis])
-            covered[taps[(taps >= 0) & (taps < shape[1 + axis])]] += 1
-        count *= int(covered.max())
+    kernel = as_tuple(kernel, dims)
+    stride = as_tuple(whole.args[2] if len(whole.args) > 2 and whole.args[2] else kernel, dims)
+    padding = as_tuple(whole.args[3] if len(whole.args) > 3 else 0, dims)
+    dilation = as_tuple(whole.args[4] if len(whole.args) > 4 else 1, dims)
+    count, _ = windows(shape, node.sample_shape, kernel, stride, padding=padding, dilation=dilation)
     reason = f"an element is in up to {count} windows" if count > 1 else "max pooling without overlap is 1-Lipschitz"
     return build.opaque(node, (source,), rounding.sqrt_up(float(count)), reason)
+
+
+def windows(
+    shape: tuple[int, ...],
+    out: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    *,
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[int, int]:
+    """The largest number of windows that an element is in, and the smallest number of elements of a window."""
+    count, smallest = 1, 1
+    for axis, size in enumerate(shape[1:]):
+        covered = torch.zeros(size, dtype=torch.int64)
+        least = kernel[axis]
+        for window in range(out[1 + axis]):
+            taps = window * stride[axis] - padding[axis] + dilation[axis] * torch.arange(kernel[axis])
+            inside = taps[(taps >= 0) & (taps < size)]
+            covered[inside] += 1
+            least = min(least, len(inside))
+        count, smallest = count * int(covered.max()), smallest * least
+    return count, smallest
 
 
 @part_rule(*(f"aten.adaptive_max_pool{d}d.default" for d in (1, 2, 3)))
@@ -175,6 +192,7 @@ def _require_images(node: Node, build: Builder) -> None:
         raise unsupported(node, "it needs the batch as its first axis")
 
 
-def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+def as_tuple(value: Any, dims: int) -> tuple[int, ...]:
+    """One number per axis, from a number or a list of one or as many."""
     values = [value] if isinstance(value, int) else list(value)
     return tuple(int(v) for v in (values * dims if len(values) == 1 else values))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from opnorm.certificate.network.maps import LinearMap
 from opnorm.certificate.network.program import Elementwise, Input, Linear, Opaque, Program, Step
 from opnorm.errors import UnsupportedLayerError
 from opnorm.graph import Graph, Node, Ref, Weight
+from opnorm.network.rules.ranges import Ranges
 
 
 @dataclass(eq=False)
@@ -23,6 +25,8 @@ class Builder:
         steps: what was added so far.
         at: where the result of each node is.
         constants: tensors that the rules made; they travel with the program.
+        split: whether a product of bounded factors becomes two functions with bounded slopes; on a region it stays one
+            step, which is tightened there.
     """
 
     graph: Graph
@@ -30,6 +34,12 @@ class Builder:
     steps: list[Step] = field(default_factory=list)
     at: dict[str, int] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    split: bool = True
+
+    @cached_property
+    def ranges(self) -> Ranges:
+        """Between which numbers the elements of each node's result lie."""
+        return Ranges(self.graph, self.weights)
 
     def add(self, step: Step) -> int:
         """Append a step and return its position."""
@@ -140,13 +150,13 @@ def label(node: Node) -> str:
     return f"{node.path}: {name}" if node.path else name
 
 
-def program_of(graph: Graph) -> Program:
-    """The program of a graph.
+def program_of(graph: Graph, *, split: bool = True) -> Program:
+    """The program of a graph; `split` as in `Builder`.
 
     Raises:
         UnsupportedLayerError: naming the first operation without a rule.
     """  # noqa: DOC501 - made by a helper
-    build = Builder(graph, dict(graph.weights))
+    build = Builder(graph, dict(graph.weights), split=split)
     needed = _needed(graph)
     origins: list[str] = []
     for node in graph.nodes:

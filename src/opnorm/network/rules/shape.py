@@ -48,7 +48,7 @@ def getitem(node: Node, build: Builder) -> int:
 _PIECES = frozenset(
     f"aten.{n}" for n in (
         "chunk.default", "split.Tensor", "split.sizes", "split_with_sizes.default", "unbind.int",
-        "tensor_split.sections",
+        "tensor_split.sections", "unsafe_split.Tensor", "unsafe_chunk.default",
     )
 )  # fmt: skip
 

@@ -1,12 +1,14 @@
 """Sums, differences, multiples, and products of tensors."""
 
+import math
 from typing import Any
 
 import torch
 
+from opnorm import _rounding as rounding
 from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.maps import Scale
-from opnorm.certificate.network.program import Sum, slopes
+from opnorm.certificate.network.program import Elementwise, Sum, slopes
 from opnorm.graph import Node, Ref, Weight
 from opnorm.network.rules.linear import scaled
 from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
@@ -57,9 +59,26 @@ def multiply(node: Node, build: Builder) -> int:
         return scaled(node, build, left, right)
     if isinstance(right, Ref) and right.name not in build.at:
         return _times_label(node, build, left, right)
+    return _product(node, build, left, right)
+
+
+def _product(node: Node, build: Builder, left: Ref, right: Ref) -> int:
+    """`d(x g) = g dx + x dg`, g and x halfway between two points: Lipschitz where both factors are bounded."""
     positions = tuple(broadcast(node, build, a) for a in (left, right))
-    reason = "a product of two varying tensors has unbounded slopes; give a region"
-    return build.opaque(node, positions, float("inf"), reason, kind="multiply")
+    (x_low, x_high), (g_low, g_high) = build.ranges.of(left), build.ranges.of(right)
+    largest = [max(abs(low), abs(high)) for low, high in ((x_low, x_high), (g_low, g_high))]
+    if not all(map(math.isfinite, largest)):
+        reason = "a product of two varying tensors has unbounded slopes; give a region"
+        return build.opaque(node, positions, math.inf, reason, kind="multiply")
+    if not build.split:
+        constant = rounding.sqrt_up(rounding.add_up(*(rounding.mul_up(n, n) for n in largest)))
+        return build.opaque(node, positions, constant, "a product of two bounded tensors", kind="multiply")
+    name = label(node)
+    first = build.add(Elementwise((positions[0],), node.sample_shape, f"{name} (first factor)", *slopes(g_low, g_high)))
+    second = build.add(
+        Elementwise((positions[1],), node.sample_shape, f"{name} (second factor)", *slopes(x_low, x_high))
+    )
+    return build.add(Sum((first, second), node.sample_shape, name, (1.0, 1.0)))
 
 
 def _times_label(node: Node, build: Builder, x: Ref, label_part: Ref) -> int:
