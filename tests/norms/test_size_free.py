@@ -121,23 +121,36 @@ def test_the_target_is_met_around_the_supremum(name, rtol):
     assert found.met and found.upper <= truth * (1 + rtol)
 
 
+def shifts(channels, *taps):
+    """Every channel moved by itself: singular values of 1 at all frequencies, from taps everywhere."""
+    kernel = torch.zeros(channels, channels, *taps)
+    for channel in range(channels):
+        kernel[(channel, channel, *np.unravel_index(channel % math.prod(taps), taps))] = 1.0
+    return kernel
+
+
 @pytest.mark.parametrize(
-    ("shape", "rtol", "gap"),
+    ("kernel", "rtol", "gap"),
     [
-        ((8, 8, 3, 3), 1e-3, 1e-3),
-        ((8, 8, 3, 3), 1e-6, 4e-3),
-        ((2, 2, 3, 3, 3), 1e-3, 4e-3 + 1e-5),
-        ((8, 8, 9), 1e-6, 4e-3),
+        (shifts(9, 3, 3), 1e-3, 1e-3),
+        (shifts(9, 3, 3), 1e-6, 4e-3),
+        (shifts(8, 2, 2, 2), 1e-3, 4e-3 + 1e-5),
+        (shifts(9, 9), 1e-6, 4e-3),
+        (torch.eye(4)[..., None, None], 1e-6, 1e-6),
     ],
-    ids=str,
+    ids=["2d", "2d, far target", "3d", "1d", "1x1"],
 )
-def test_a_constant_symbol_costs_no_more_than_it_may(shape, rtol, gap):
-    """One orthogonal tap: there is no maximum to refine around, and the work is bounded."""
-    kernel = torch.zeros(*shape)
-    torch.nn.init.orthogonal_(kernel[(..., *(1,) * (len(shape) - 2))])
-    ones = (1,) * (len(shape) - 2)
+def test_a_constant_symbol_costs_no_more_than_it_may(kernel, rtol, gap):
+    """There is no maximum to refine around, so the work is bounded, and what is left is small."""
+    ones = (1,) * (kernel.ndim - 2)
     found = opnorm.norm(Conv(kernel, None, ones, ((1, 1),) * len(ones), ones), rtol=rtol)
-    assert 1 - 1e-6 <= found.upper <= (1 + 1e-6) * (1 + gap) and found.gap <= gap
+    assert 1 in found and found.gap <= gap
+
+
+def test_zero_taps_cost_nothing():
+    kernel = torch.zeros(4, 4, 3, 3)
+    torch.nn.init.orthogonal_(kernel[..., 1, 2])
+    assert opnorm.norm(Conv(kernel, None, (1, 1), ((1, 1),) * 2, (1, 1)), rtol=1e-6).met
 
 
 @pytest.mark.parametrize("halved", [True, False])
@@ -155,7 +168,7 @@ def test_cells_cover_the_torus(types, stride, halved):
     for level in range(3):
         sizes = np.array(tiling.at_level(level))
         period = 2 * np.pi / np.array(stride)
-        points = rng.uniform(0, period, (200, len(types)))
+        points = rng.uniform(0, period, (40, len(types)))
         points = np.stack([points, -points if halved else points], 1)
         centres = 2 * np.pi * cells.numpy() / sizes
         apart = (points[:, :, None] - centres + period / 2) % period - period / 2

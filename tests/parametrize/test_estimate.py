@@ -167,7 +167,7 @@ def discriminator(wrap):
 
 @pytest.mark.parametrize(("iterations", "after_ten", "after_hundred"), [(1, 0.05, 0.01), ("adaptive", 0.015, 0.01)])
 def test_training_and_evaluation_agree(iterations, after_ten, after_hundred):
-    """DCGAN-style discriminator, Adam 2e-4. The proof of a size-free norm itself leaves up to half a percent."""
+    """DCGAN-style discriminator, Adam 2e-4. The proof of a size-free norm itself leaves 1e-4."""
     net = discriminator(lambda layer: opnorm.spectral_norm(layer, n_power_iterations=iterations))
     optimizer = torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999))
     real, fake = torch.randn(16, 3, 32, 32) + 0.5, torch.randn(16, 3, 32, 32)

@@ -138,7 +138,7 @@ def _cost(operator: LinearOperator, method: str, rtol: float) -> tuple[float, fl
             raise ArgumentError(f"method={method!r} is for convolutions, not for {type(operator).__name__}")
         if method == "banded":
             return banded_cost(operator)
-        return torus_flops(operator) if method == "torus" else size_free_flops(operator, rtol), 2.0**27
+        return torus_flops(operator) if method == "torus" else size_free_flops(operator), 2.0**27
     if method == "structured":
         if not isinstance(operator, STRUCTURED):
             raise ArgumentError(f"method='structured' does not know {type(operator).__name__}")

@@ -17,7 +17,7 @@ from opnorm import _rounding as rounding
 from opnorm.norms.gram import cheap_bound
 
 # cos and sin of a rounded angle: three roundings of at most pi, and the function's own error.
-_PHASE_ERROR = 16 * rounding.U
+PHASE_ERROR = 16 * rounding.U
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Grid:
         spread = max(cheap_bound(total) for total in self.kernel.abs().sum(-1))
         spread = rounding.mul_up(spread, 1 + rounding.gamma(taps + 2))
         factor = 4.0 if self.kernel.is_complex() else rounding.up(math.sqrt(2.0))
-        return rounding.mul_up(factor, rounding.gamma(2 * taps + 2) + 2 * _PHASE_ERROR, spread)
+        return rounding.mul_up(factor, rounding.gamma(2 * taps + 2) + 2 * PHASE_ERROR, spread)
 
     def alias_frequencies(self, frequencies: Tensor) -> Tensor:
         """All frequencies that fold onto the given ones: (B, d) -> (B, aliases, d)."""
@@ -72,12 +72,12 @@ class Grid:
         folded = torch.tensor(list(itertools.product(*shifts)), device=frequencies.device)  # shape: (aliases, d)
         return frequencies[:, None, :] + folded
 
-    def phases(self, frequencies: Tensor) -> Tensor:
-        """`exp(2 pi i sum f_i j_i / N_i)` for integer frequencies: (..., d) -> (..., taps), complex128."""
+    def phases(self, frequencies: Tensor, offsets: Tensor) -> Tensor:
+        """`exp(2 pi i sum f_i j_i / N_i)` for integers f and j: (..., d), (taps, d) -> (..., taps), complex128."""
         common = math.lcm(*self.sizes)
         turns = torch.tensor([common // n for n in self.sizes], device=frequencies.device)
         # Reduced in integers, so that the angle is rounded once and is at most pi.
-        residue = (frequencies * turns) @ self.offsets.mT % common
+        residue = (frequencies * turns) @ offsets.mT % common
         residue = torch.where(2 * residue > common, residue - common, residue)
         angle = residue.to(torch.float64) * (math.tau / common)
         return torch.complex(torch.cos(angle), torch.sin(angle))
@@ -93,7 +93,7 @@ class Grid:
             Two tensors of shape (B * groups, c_out, c_in * aliases); the group varies fastest.
         """
         groups, c_out, c_in, _ = self.kernel.shape
-        phase = self.phases(self.alias_frequencies(frequencies))  # shape: (B, aliases, taps)
+        phase = self.phases(self.alias_frequencies(frequencies), self.offsets)  # shape: (B, aliases, taps)
         if self.kernel.is_complex():
             real_part, imag_part = self.kernel.real, self.kernel.imag
             waves = torch.cat([torch.cat([phase.real, -phase.imag], -1), torch.cat([phase.imag, phase.real], -1)])
