@@ -95,7 +95,7 @@ def test_a_part_and_a_role(tmp_path: Path) -> None:
     assert "conv1d" in result.stdout
 
 
-def _on_terminal(arguments: list[str], **environment: str) -> str:
+def on_terminal(arguments: list[str], **environment: str) -> str:
     """Run with stdout and stderr on a pseudo-terminal and return what appeared on it."""
     leader, follower = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", **environment}
@@ -116,7 +116,7 @@ def _on_terminal(arguments: list[str], **environment: str) -> str:
 
 def test_a_terminal_gets_progress_and_colours_unless_refused(checkpoint: Path) -> None:
     arguments = ["audit", str(checkpoint), "--fail-on", "upper>2"]
-    plain, colourful = _on_terminal(arguments, NO_COLOR="1"), _on_terminal(arguments)
+    plain, colourful = on_terminal(arguments, NO_COLOR="1"), on_terminal(arguments)
     assert "\x1b[31m" in colourful
     assert "\x1b[31m" not in plain
     assert "opening" in colourful

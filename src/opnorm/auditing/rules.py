@@ -19,7 +19,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
 }
-_RULE = re.compile(rf"\s*({'|'.join(FIELDS)})\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
+_RULE = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*")
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Rule:
     sign: str
     limit: float
 
-    def broken_by(self, row: Row) -> bool:
-        """Whether the row fulfils the condition, and so fails."""
+    def broken_by(self, row: object) -> bool:
+        """Whether the row, or what else has the field, fulfils the condition, and so fails."""
         return _OPERATORS[self.sign](float(getattr(row, self.field)), self.limit)
 
 
-def parse(text: str) -> Rule:
-    """Read a rule.
+def parse(text: str, fields: tuple[str, ...] = FIELDS) -> Rule:
+    """Read a rule on one of the fields.
 
     Raises:
         ArgumentError: if it is not FIELD SIGN NUMBER.
@@ -51,9 +51,9 @@ def parse(text: str) -> Rule:
         limit = float(match[3]) if match else math.nan
     except ValueError:
         limit = math.nan
-    if match is None or math.isnan(limit):
+    if match is None or match[1] not in fields or math.isnan(limit):
         raise ArgumentError(
-            f"the rule {text!r} is not FIELD SIGN NUMBER, such as upper>10; fields: {', '.join(FIELDS)}; "
+            f"the rule {text!r} is not FIELD SIGN NUMBER, such as upper>10; fields: {', '.join(fields)}; "
             f"signs: {' '.join(_OPERATORS)}"
         )
     return Rule(f"{match[1]}{match[2]}{match[3]}", match[1], match[2], limit)

@@ -2,7 +2,7 @@
 
 from opnorm.checkpoint.atomic import new_folder, replacing
 from opnorm.checkpoint.entry import Checkpoint, Entry, Left
-from opnorm.checkpoint.reading import open_checkpoint, open_state
+from opnorm.checkpoint.reading import open_checkpoint, open_state, stored_tensors
 from opnorm.checkpoint.writing import Transform, rewrite
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "open_state",
     "replacing",
     "rewrite",
+    "stored_tensors",
 ]

@@ -1,6 +1,6 @@
 """A path -> a checkpoint: which reader, canonical names, and the weights that are stored in parts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opnorm.checkpoint.derived import recompose
 from opnorm.checkpoint.detect import kind_of
-from opnorm.checkpoint.entry import Checkpoint
+from opnorm.checkpoint.entry import Checkpoint, Entry
 from opnorm.checkpoint.folder import INDEX_SUFFIX, checkpoint_in, open_sharded, others_in
 from opnorm.checkpoint.names import canonical_names
 from opnorm.checkpoint.safe import open_safetensors
@@ -46,6 +46,38 @@ def open_checkpoint(path: str | PathLike[str], part: str = "") -> Checkpoint:
 def open_state(state: Mapping[str, Tensor], label: str) -> Checkpoint:
     """Read a state dict in memory like a file; `label` says what it is of."""
     return named(from_state(state, label))
+
+
+def stored_tensors(path: str | PathLike[str], part: str = "") -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint as they are stored, each read when it is asked for.
+
+    They answer to their stored names, and to the names that they have in the model where wrappers added something.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    entries = {n: e for e in open_stored(locate(path), part).entries for n in (e.name, *e.aliases)}
+    short = {new: entries[old] for old, new in canonical_names(entries).items() if new not in entries}
+    return _Stored(entries, short)
+
+
+class _Stored(Mapping[str, Tensor]):
+    """A mapping that lists the stored names only, and knows the short ones too."""
+
+    def __init__(self, entries: dict[str, Entry], short: dict[str, Entry]) -> None:
+        self.entries, self.short = entries, short
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (self.entries if name in self.entries else self.short)[name].load()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries or name in self.short
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 def named(stored: Checkpoint) -> Checkpoint:

@@ -51,7 +51,7 @@ def audit(
     from opnorm.checkpoint import replacing
 
     for target in (json_to, html_to):
-        _check_writable(target)
+        check_writable(target)
     with progress_bar() as progress:
         report = auditing.audit(
             checkpoint,
@@ -78,7 +78,7 @@ def audit(
     click.get_current_context().exit(0 if report.ok else EXIT_VIOLATED)
 
 
-def _check_writable(target: str | None) -> None:
+def check_writable(target: str | None) -> None:
     """Refuse a file that cannot be written before the work is done, not after."""
     if target not in (None, "-") and not Path(str(target)).absolute().parent.is_dir():
         raise click.UsageError(f"cannot write {target}: there is no such folder")

@@ -1,23 +1,35 @@
 """`opnorm verify`: re-check a certificate against weights."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from opnorm.cli.progress import progress_bar
 
+if TYPE_CHECKING:
+    from opnorm.certificate.network.check import Verified
+
 EXIT_DOES_NOT_HOLD = 1
+SHOWN = 8
 
 
 @click.command()
 @click.argument("certificate", type=click.Path(path_type=Path))
 @click.option("--weights", metavar="PATH", type=click.Path(path_type=Path), required=True, help="The checkpoint.")
 @click.option("--part", default="", metavar="NAME", help="Part of a nested torch file to take, such as ema.")
-def verify(*, certificate: Path, weights: Path, part: str) -> None:
+@click.option(
+    "--model",
+    metavar="MODULE:FACTORY",
+    help="Compare a network's certificate with the model too (runs its code).",
+)
+@click.option("--steps", is_flag=True, help="Print the steps that a network's certificate states.")
+def verify(*, certificate: Path, weights: Path, part: str, model: str | None, steps: bool) -> None:
     """Prove again everything that CERTIFICATE claims of a checkpoint.
 
-    The verifier forms its own products and factorises them; it shares no code with the search for the bounds but the
-    lemma on Cholesky factorisations.
+    CERTIFICATE is one of weights, written by `opnorm normalize`, or one of a network, written by `opnorm bound`. The
+    verifier forms its own products and factorises them; it shares no code with the search for the bounds but the
+    lemma on Cholesky factorisations. What it cannot prove, it lists as taken on trust.
 
     Exit codes: 0 it holds, 1 it does not hold for these weights, 2 a file could not be read.
     \f
@@ -26,20 +38,47 @@ def verify(*, certificate: Path, weights: Path, part: str) -> None:
         CertificateFormatError: if the certificate cannot be read.
         SystemExit: with 1, if it does not hold.
     """
+    from opnorm.certificate.network.check import Verified
     from opnorm.errors import CertificateError, CertificateFormatError
     from opnorm.render.text import ceiling, printable
     from opnorm.rewrite import verify as check
 
+    network = None
+    if model is not None:
+        from opnorm.cli.model import built, load
+
+        network = built(model)
+        load(network, weights, part)
     with progress_bar() as progress:
         try:
-            found = check(certificate, weights, part=part, progress=progress)
+            found = check(certificate, weights if network is None else network, part=part, progress=progress)
         except CertificateFormatError:
             raise
         except CertificateError as error:
             click.echo(printable(f"does not hold: {error}"))
             raise SystemExit(EXIT_DOES_NOT_HOLD) from error
+    if isinstance(found, Verified):
+        _print_network(found, steps=steps)
+        return
     counted = "weight" if len(found.proved) == 1 else "weights"
     click.echo(
         f"holds: {len(found.proved)} {counted} proved to have norm at most {ceiling(found.lipschitz)}; "
         f"{len(found.untouched)} other tensors are those that were certified, with no claim on their norm"
     )
+
+
+def _print_network(found: "Verified", *, steps: bool) -> None:
+    from opnorm.render.text import ceiling, printable
+
+    click.echo(
+        f"holds: the Lipschitz constant is at most {ceiling(found.upper)}, proved for {len(found.steps)} steps with "
+        f"{len(found.read)} of {len(found.read) + len(found.unread)} tensors"
+    )
+    if steps:
+        for number, step in enumerate(found.steps):
+            click.echo(printable(f"  step {number}: {step}"))
+    for assumption in found.assumptions:
+        click.echo(printable(f"taken on trust: {assumption}"))
+    if found.unread:
+        more = f" and {len(found.unread) - SHOWN} more" if len(found.unread) > SHOWN else ""
+        click.echo(printable(f"plays no part: {', '.join(found.unread[:SHOWN])}{more}"), err=True)

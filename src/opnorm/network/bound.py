@@ -1,6 +1,7 @@
 """`opnorm.lipschitz`: the Lipschitz constant of a network, bounded from both sides."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -11,10 +12,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm._enclosure import Guarantee
 from opnorm.certificate.network.check import SLACK, chain_of, chains_of
+from opnorm.certificate.network.composition import composed, stated_norms
 from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
-from opnorm.certificate.network.program import Elementwise, Opaque, Program
+from opnorm.certificate.network.program import Calculus, Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
 from opnorm.certificate.network.proof import prove
-from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
+from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError, WeightError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
 from opnorm.network.folded import folded, is_parametrized
@@ -31,6 +33,9 @@ from opnorm.network.table import table_of
 _DEFAULT_SECONDS, _LONGEST = 30.0, 300.0
 _LOWER_SHARE, _LOWER_SECONDS = 0.25, 10.0
 _DENSE_FIRST = 1100
+_AS_GOOD = 1 + 1e-6
+_FORMS: dict[str, tuple[Calculus, ...]] = {"dense": ("dense",), "fourier": ("fourier",)}
+_PARTS = 4
 _SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
 _FOLDED = (
     "bounded as it is deployed: parametrized weights (spectral normalisation, say) with their values in evaluation "
@@ -38,20 +43,32 @@ _FOLDED = (
 )
 _METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
 
+Progress = Callable[[int, int, str], None]
+
 
 @dataclass(frozen=True)
 class NodeBound:
     """One step of the network.
 
     Attributes:
-        place: qualified module name and operation.
+        place: where it comes from: qualified module name and operation.
+        kind: `input`, `linear`, `activation`, `join` (sums and concatenations), or `opaque` where only its constant is
+            known.
+        shape: of its result, for one sample.
+        sources: positions among the nodes of what it reads.
         constant: how much the step can stretch what it reads.
+        contribution: by how much it changes the running bound: `bound` over the largest bound of its sources. Smaller
+            than `constant` where a BatchNorm is better taken together with the convolution before it.
         bound: of the step as a function of the network's inputs, by the naive rules.
         note: why the constant is what it is, where that is not obvious.
     """
 
     place: str
+    kind: str
+    shape: tuple[int, ...]
+    sources: tuple[int, ...]
     constant: float
+    contribution: float
     bound: float
     note: str = ""
 
@@ -83,20 +100,22 @@ class NetworkBound:
     method: str
     pair: Pair | None
     remarks: tuple[str, ...]
-    _certificate: NetworkCertificate | None
+    _certify: Callable[[], NetworkCertificate]
 
     def certificate(self) -> NetworkCertificate:
-        """The certificate of what the calculus proved, to be saved and verified by others.
+        """The certificate of the bound, to be saved and verified by others.
 
-        Its claim is `upper`, or a little more where the naive rules are as good.
+        Its claim is `upper`, or a little more: the verifier proves norms in its own way.
 
         Raises:
-            CertificateError: if only the naive rules apply, nothing was proved, or the bound is one on a region.
+            CertificateError: if the bound is an estimate, infinite, or holds on a region only.
         """
-        if self._certificate is None:
-            reasons = "; ".join(self.remarks) or "it is the naive composition"
-            raise CertificateError(f"there is no certificate for this bound ({self.method}): {reasons}")
-        return self._certificate
+        return self._certify()
+
+    @property
+    def gap(self) -> float:
+        """Upper over lower, minus 1; infinite where no lower bound was found."""
+        return 0.0 if self.upper == 0.0 else self.upper / self.lower - 1 if self.lower > 0 else math.inf
 
     def __float__(self) -> float:
         """The upper bound."""
@@ -116,6 +135,7 @@ def lipschitz(
     region: Region | None = None,
     pairs: Literal["joint", "each"] = "joint",
     time_budget: float | None = None,
+    progress: Progress | None = None,
 ) -> NetworkBound:
     """Bound the Lipschitz constant of a network, per sample, in the Euclidean norm.
 
@@ -132,6 +152,7 @@ def lipschitz(
         time_budget: about how many seconds to spend beyond the naive rules; a form of the calculus whose single pass
             and proof would take longer is not begun, and a remark says so. By default 30 for the searches, while one
             pass and its proof may take up to 300.
+        progress: called before each part of the work with how much is done, of how much, and what comes.
 
     Returns:
         The bounds; printing gives a table.
@@ -139,6 +160,7 @@ def lipschitz(
     Raises:
         ArgumentError: for an unknown method, guarantee or pairs, or a model in training mode.
         UnsupportedLayerError: naming the first operation without a rule, or one that mixes samples.
+        WeightError: naming a weight with NaN or infinite values.
 
     Source: LipSDP (Fazlyab et al., NeurIPS 2019) without a solver; see the guide "From layers to the network".
 
@@ -158,8 +180,12 @@ def lipschitz(
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
     if pairs not in ("joint", "each"):
         raise ArgumentError(f"pairs={pairs!r}: it is 'joint' or 'each'")
+    tell = progress or _silent
+    tell(0, _PARTS, "reading the model")
+    _require_finite(model)
     graph = export(folded(model), example_input)
     program = program_of(graph)
+    tell(1, _PARTS, "looking for a lower bound")
     where = None if region is None else _placed(program, region)
     seconds, longest = (_DEFAULT_SECONDS, _LONGEST) if time_budget is None else (time_budget, time_budget)
     remarks = [_FOLDED] if is_parametrized(model) else []
@@ -167,7 +193,10 @@ def lipschitz(
     pair = _lower(graph, example_input, where, look)
     seconds -= look
     target = pair.quotient if pair else 0.0
-    calculus = partial(_calculus, graph=graph, method=method, guarantee=guarantee, pairs=pairs, target=target)
+    tell(2, _PARTS, "norms of the steps")
+    calculus = partial(
+        _calculus, graph=graph, method=method, guarantee=guarantee, pairs=pairs, target=target, progress=tell
+    )
     if where is None:
         plain = naive(program, graph.weights)
         best = calculus(program, seconds=seconds, longest=longest, remarks=remarks)
@@ -178,7 +207,7 @@ def lipschitz(
     anywhere = calculus(program, seconds=seconds / 2, longest=longest / 2, remarks=[])
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
-    return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, certify=False)
+    return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, on_region=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +215,7 @@ class _Candidate:
     upper: float
     pairwise: Tensor | None
     found: Found
-    calculus: str
+    calculus: Calculus
 
 
 def _calculus(
@@ -200,6 +229,7 @@ def _calculus(
     pairs: str,
     target: float,
     remarks: list[str],
+    progress: Progress,
 ) -> _Candidate | None:
     """The covariance calculus, in the first form that the network fits."""
     if method == "naive":
@@ -208,14 +238,16 @@ def _calculus(
         remarks.append("an operation is unbounded, so only the naive rules apply")
         return None
     upto = method if method in METHODS else METHODS[-1]
-    forms = (method,) if method in ("dense", "fourier") else _forms(program)
+    forms = _FORMS.get(method) or _forms(program)
     for calculus in forms:
         try:
+            progress(3, _PARTS, f"{calculus} calculus: choosing multipliers")
             share = seconds if pairs == "joint" else seconds / 2
             found, chain = affordable(program, graph.weights, calculus, share, upto, target=target, longest=longest)
             if guarantee == "estimate":
                 return _Candidate(found.estimate, None, found, calculus)
-            proof = prove(chain or chains_of(program, graph.weights, calculus), found.multipliers)
+            parts = chain or chains_of(program, graph.weights, calculus)
+            proof = prove(parts, found.multipliers, progress=_after(progress))
         except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError) as problem:
             remarks.append(f"{calculus} calculus: {problem}")
             continue
@@ -230,7 +262,27 @@ def _calculus(
     return None
 
 
-def _forms(program: Program) -> tuple[str, ...]:
+def _require_finite(model: nn.Module) -> None:
+    """Refuse weights that are no numbers, by name; minus infinity is what masks of attention hold.
+
+    Raises:
+        WeightError: naming the first.
+    """
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if weight.is_floating_point() and not bool((weight < math.inf).all()):
+            raise WeightError(f"the weight {name!r} holds NaN or infinite values, so the network has no constant")
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """Where nobody asked for progress."""
+
+
+def _after(progress: Progress) -> Progress:
+    """The proof's progress, once the search is over, which takes about four times as long."""
+    return lambda done, total, what: progress(4 * total + done, 5 * total, what)
+
+
+def _forms(program: Program) -> tuple[Calculus, ...]:
     """Dense where it is affordable, because its multipliers are finer; otherwise Fourier space first."""
     largest = max(step.size for step in program.steps)
     return ("dense", "fourier") if largest <= _DENSE_FIRST else ("fourier", "dense")
@@ -245,18 +297,16 @@ def _assembled(
     *,
     guarantee: Guarantee,
     remarks: list[str],
-    certify: bool = True,
+    on_region: bool = False,
 ) -> NetworkBound:
-    nodes = tuple(
-        NodeBound(step.label, constant, bound, step.reason if isinstance(step, Opaque) else "")
-        for step, constant, bound in zip(program.steps, plain.constants, plain.bounds, strict=True)
-    )
-    certificate = None
+    nodes = _nodes(program, plain)
     upper, method = plain.total, "naive"
     if best is not None and best.upper < upper:
         upper, method = best.upper, f"{best.calculus} {best.found.method}"
-    if best is not None and guarantee == "proved" and certify:
-        certificate = _certificate(program, graph, best, remarks)
+    if derived := _derived(program, graph):
+        remarks.append(
+            f"{len(derived)} tensors that the model computes from its weights are stored in a certificate as they are"
+        )
     lower = pair.quotient if pair is not None else 0.0
     if lower > upper:
         raise AssertionError(f"a pair attains {lower!r}, above the bound {upper!r} ({method}): please report this")
@@ -270,21 +320,65 @@ def _assembled(
         method,
         pair,
         tuple(remarks),
-        certificate,
+        lambda: _certificate(program, graph, plain, best, guarantee=guarantee, on_region=on_region),
     )
 
 
-def _certificate(program: Program, graph: Graph, best: _Candidate, remarks: list[str]) -> NetworkCertificate:
-    read = read_names(program)
-    derived = {n: graph.weights[n].detach().to(torch.float64) for n in graph.derived if n in read}
-    if derived:
-        remarks.append(
-            f"{len(derived)} tensors that the model computes from its weights (parametrizations) are stored in the "
-            "certificate as they are; fold the model first to have them among its weights"
+_KINDS: dict[type[Step], str] = {
+    Input: "input", Linear: "linear", Sum: "join", Concat: "join", Elementwise: "activation", Opaque: "opaque"
+}  # fmt: skip
+
+
+def _nodes(program: Program, plain: Naive) -> tuple[NodeBound, ...]:
+    nodes = []
+    for step, constant, bound in zip(program.steps, plain.constants, plain.bounds, strict=True):
+        before = max((plain.bounds[i] for i in step.sources), default=1.0)
+        nodes.append(
+            NodeBound(
+                step.label,
+                _KINDS[type(step)],
+                step.shape,
+                step.sources,
+                constant,
+                bound / before if 0 < before < math.inf else constant,
+                bound,
+                step.reason if isinstance(step, Opaque) else "",
+            )
         )
-        program = Program(program.steps, program.outputs, {**program.constants, **derived})
-    multipliers = tuple(s.detach() for s in best.found.multipliers)
-    return NetworkCertificate(best.upper, best.calculus, program, multipliers, digests(program, graph.weights))
+    return tuple(nodes)
+
+
+def _derived(program: Program, graph: Graph) -> dict[str, Tensor]:
+    """What a program reads that is not stored in the model but computed from its weights."""
+    return {n: graph.weights[n].detach().to(torch.float64) for n in read_names(program) if n in graph.derived}
+
+
+def _stated(program: Program, graph: Graph) -> Program:
+    """The program as a certificate states it: with every tensor that is not among the model's weights."""
+    return Program(program.steps, program.outputs, {**program.constants, **_derived(program, graph)})
+
+
+def program_of_model(model: nn.Module, example_input: Example) -> Program:
+    """What the rules read from a model, as a certificate of it would state it."""
+    graph = export(folded(model), example_input)
+    return _stated(program_of(graph), graph)
+
+
+def _certificate(
+    program: Program, graph: Graph, plain: Naive, best: _Candidate | None, *, guarantee: Guarantee, on_region: bool
+) -> NetworkCertificate:
+    if on_region:
+        raise CertificateError("a bound on a region has no certificate; leave the region out to have one")
+    if guarantee != "proved":
+        raise CertificateError("an estimate has no certificate; ask for guarantee='proved'")
+    whole = _stated(program, graph)
+    hashes = digests(whole, graph.weights)
+    if best is not None and best.upper <= plain.total * _AS_GOOD:
+        multipliers = tuple(s.detach() for s in best.found.multipliers)
+        return NetworkCertificate(best.upper, best.calculus, whole, multipliers, hashes)
+    with torch.no_grad():
+        norms = stated_norms(whole, {**graph.weights, **whole.constants}, plain.constants)
+    return NetworkCertificate(composed(whole, norms), "naive", whole, (), hashes, norms)
 
 
 def _placed(program: Program, region: Region) -> Around:

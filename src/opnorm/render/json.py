@@ -12,7 +12,7 @@ SCHEMA = "opnorm.audit/1"
 
 def to_json(report: Report) -> str:
     """Return the report as indented JSON text."""
-    return json.dumps(_finite(as_dict(report)), indent=2, allow_nan=False) + "\n"
+    return json.dumps(finite(as_dict(report)), indent=2, allow_nan=False) + "\n"
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -71,11 +71,12 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain containers with None in the place of what JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return value

@@ -1,4 +1,4 @@
-"""The plots of an audit's page."""
+"""The plots of an audit."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from opnorm.auditing import Row
-from opnorm.render.svg import ALERT, INK, ROLE, ROLE_COLOURS, plain_decades, svg
-
-_EXTREME = 1e100
-_LEAST = 1e-12
-"""Where zero norms are drawn, relative to the largest: a logarithm has no place for them."""
+from opnorm.render.svg import ALERT, INK, ROLE, ROLE_COLOURS, drawable, plain_decades, svg
 
 
 def role_index(roles: Sequence[str], role: str) -> int:
@@ -27,7 +23,7 @@ def per_layer(rows: Sequence[Row], broken: frozenset[str]) -> str:
     roles = list(dict.fromkeys(row.role for row in rows))
     colours = [ROLE.format(role_index(roles, row.role)) for row in rows]
     places = list(range(1, len(rows) + 1))
-    uppers, lowers = _drawable([row.upper for row in rows]), _drawable([row.lower for row in rows])
+    uppers, lowers = drawable([row.upper for row in rows]), drawable([row.lower for row in rows])
 
     def paint(axes: Axes) -> None:
         axes.axhline(1.0, color=INK, linewidth=0.9)
@@ -53,7 +49,7 @@ def per_layer(rows: Sequence[Row], broken: frozenset[str]) -> str:
 def distribution(rows: Sequence[Row]) -> str:
     """Draw how many rows have a norm of which size, by role."""
     roles = list(dict.fromkeys(row.role for row in rows))
-    logs = [math.log10(upper) for upper in _drawable([row.upper for row in rows])]
+    logs = [math.log10(upper) for upper in drawable([row.upper for row in rows])]
     low, high = min(logs), max(logs)
     if high - low < 1.0:
         low, high = (low + high) / 2 - 0.5, (low + high) / 2 + 0.5
@@ -62,7 +58,7 @@ def distribution(rows: Sequence[Row]) -> str:
     # The ends stay inside after the detour over logarithms.
     edges[0], edges[-1] = edges[0] * 0.999, edges[-1] * 1.001
     groups = [
-        [upper for upper, row in zip(_drawable([r.upper for r in rows]), rows, strict=True) if row.role == role]
+        [upper for upper, row in zip(drawable([r.upper for r in rows]), rows, strict=True) if row.role == role]
         for role in roles
     ]
 
@@ -78,14 +74,6 @@ def distribution(rows: Sequence[Row]) -> str:
         axes.grid(axis="y")
 
     return svg(paint, "How many weights have an operator norm of which size")
-
-
-def _drawable(values: Sequence[float]) -> list[float]:
-    """Move what a logarithmic axis cannot show to its edge: zeros, infinities, and what it would overflow on."""
-    finite = [value for value in values if 0.0 < value < math.inf]
-    top = min(max(finite, default=1.0), _EXTREME)
-    least = max(top * _LEAST, 1.0 / _EXTREME)
-    return [min(max(value, least), max(top, least)) for value in values]
 
 
 def _size(count: int) -> float:

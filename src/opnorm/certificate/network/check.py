@@ -1,6 +1,6 @@
 """Verify a network's certificate from the weights alone: nothing of the search is used."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -9,17 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from opnorm.certificate.network.activations import activation_slopes
+from opnorm.certificate.network.composition import composed, prove_norms
 from opnorm.certificate.network.cost import fourier_cost
+from opnorm.certificate.network.encoding import described
 from opnorm.certificate.network.file import NetworkCertificate, digest, read_names
 from opnorm.certificate.network.fourier_chain import fourier_chain
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Elementwise, Program
-from opnorm.certificate.network.proof import Proof, prove
-from opnorm.certificate.network.stages import Chain, dense_chain
-from opnorm.errors import CertificateError
+from opnorm.certificate.network.proof import prove
+from opnorm.certificate.network.stages import Chain, dense_chain, per_element
+from opnorm.certificate.network.wellformed import check_program
+from opnorm.errors import CertificateError, UnsupportedLayerError
 
 SLACK = 1 + 2.0**-30
 """How far above the proved bound a claim is stated, so that another machine's rounding proves it too."""
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,26 +33,39 @@ class Verified:
 
     Attributes:
         upper: the claim, which was proved again.
-        proof: with the bound that was proved this time.
-        assumptions: what was taken from the certificate about operations: Lipschitz constants of opaque steps.
+        proved: the bound that was proved this time, at most `upper`.
+        steps: of the program, as one line each: what was taken to be the network.
+        read: names of the weights that the program reads.
+        unread: names of the weights that play no part, such as biases.
+        assumptions: what was taken from the certificate: constants of operations, tensors of its own, and, unless it
+            was compared with a model, that the steps are what the network computes.
     """
 
     upper: float
-    proof: Proof
+    proved: float
+    steps: tuple[str, ...]
+    read: tuple[str, ...]
+    unread: tuple[str, ...]
     assumptions: tuple[str, ...]
 
 
-def verify_network(certificate: NetworkCertificate | str | PathLike[str], weights: Weights | nn.Module) -> Verified:
+def verify_network(
+    certificate: NetworkCertificate | str | PathLike[str],
+    weights: Weights | nn.Module,
+    progress: Progress | None = None,
+) -> Verified:
     """Prove a certificate's claim again.
 
     Args:
         certificate: or the path of its file.
         weights: tensors by name, or a model with them (in evaluation mode, where its weights are parametrized).
+        progress: called before each stage with the number of those before it, of all, and its name.
 
     The certificate states the graph: that the network computes it is what its reader has to accept, together with the
     `assumptions`. Slopes of named activations are looked up here, not believed.
 
     Raises:
+        CertificateFormatError: if the file cannot be read.
         CertificateError: if the weights are others, a slope is too small, or the bound cannot be proved.
 
     Example:
@@ -60,19 +78,68 @@ def verify_network(certificate: NetworkCertificate | str | PathLike[str], weight
     """
     if not isinstance(certificate, NetworkCertificate):
         certificate = NetworkCertificate.load(Path(certificate))
-    if isinstance(weights, nn.Module):
-        weights = weights_in_use(weights, read_names(certificate.program))
-    weights = {name: weight.detach() for name, weight in weights.items()}
-    for name in read_names(certificate.program):
+    read = read_names(certificate.program)
+    stored = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    names = tuple(stored)
+    check_names(certificate, stored)
+    used = weights_in_use(weights, read) if isinstance(weights, nn.Module) else weights
+    weights = {name: used[name].detach() for name in read if name in used}
+    check_weights(certificate, weights)
+    check_program(certificate.program, weights)
+    check_slopes(certificate.program, weights)
+    try:
+        proved = _proved(certificate, weights, progress)
+    except UnsupportedLayerError as problem:
+        raise CertificateError(f"the {certificate.calculus} calculus cannot prove it: {problem}") from problem
+    if not proved <= certificate.upper:
+        raise CertificateError(f"the claim is {certificate.upper!r}, but only {proved!r} could be proved")
+    return Verified(
+        certificate.upper,
+        proved,
+        tuple(map(described, certificate.program.steps)),
+        read,
+        tuple(name for name in names if name not in read),
+        ("the steps of the certificate are what the network computes", *certificate.assumptions),
+    )
+
+
+def _proved(certificate: NetworkCertificate, weights: Weights, progress: Progress | None) -> float:
+    program = certificate.program
+    if certificate.calculus == "naive":
+        if certificate.multipliers:
+            raise CertificateError("the naive rules have no multipliers")
+        prove_norms(program, {**weights, **program.constants}, certificate.norms, progress)
+        return composed(program, certificate.norms)
+    if certificate.norms:
+        raise CertificateError("the covariance calculus has no norms of steps")
+    return prove(chains_of(program, weights, certificate.calculus), certificate.multipliers, 0, progress).upper
+
+
+def check_names(certificate: NetworkCertificate, weights: Weights) -> None:
+    """Refuse a certificate that brings a tensor of its own under the name of a weight.
+
+    Raises:
+        CertificateError: naming it.
+    """
+    for name in certificate.program.constants:
+        if name in weights:
+            raise CertificateError(f"the certificate brings its own {name!r}, which is one of the weights")
+
+
+def check_weights(certificate: NetworkCertificate, weights: Weights) -> None:
+    """Refuse weights that are not those of the certificate.
+
+    Raises:
+        CertificateError: naming the weight.
+    """
+    names = read_names(certificate.program)
+    for name in names:
         if name not in weights:
             raise CertificateError(f"the weight {name!r} is missing")
-        if certificate.digests.get(name) != digest(weights[name]):
+        if certificate.digests.get(name) != digest(name, weights[name]):
             raise CertificateError(f"the weight {name!r} is not the one that was certified")
-    check_slopes(certificate.program, weights)
-    proof = prove(chains_of(certificate.program, weights, certificate.calculus), certificate.multipliers)
-    if not proof.upper <= certificate.upper:
-        raise CertificateError(f"the claim is {certificate.upper!r}, but only {proof.upper!r} could be proved")
-    return Verified(certificate.upper, proof, certificate.assumptions)
+    if extra := set(certificate.digests) - set(names):
+        raise CertificateError(f"the certificate names {min(extra)!r}, which its program does not read")
 
 
 def weights_in_use(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -117,10 +184,21 @@ def check_slopes(program: Program, weights: Weights) -> None:
     """
     for step in program.steps:
         if isinstance(step, Elementwise) and step.kind:
-            low, high = activation_slopes(step.kind, step.parameters, step.weight, weights)
-            if bool((step.low > _like(low, step.low)).any() or (step.high < _like(high, step.high)).any()):
+            try:
+                low, high = activation_slopes(step.kind, step.parameters, step.weight, weights)
+                least, most = _per_element(low, step), _per_element(high, step)
+            except (ValueError, RuntimeError) as problem:
+                raise CertificateError(
+                    f"{step.label}: the parameters of {step.kind} do not fit: {problem}"
+                ) from problem
+            low, high = _per_element(step.low, step), _per_element(step.high, step)
+            if not bool(((low <= least) & (most <= high)).all()):
                 raise CertificateError(f"{step.label}: the stated slopes are narrower than those of {step.kind}")
 
 
-def _like(limit: Tensor, stated: Tensor) -> Tensor:
-    return torch.broadcast_to(limit, stated.shape) if limit.numel() == 1 else limit
+def _per_element(values: Tensor, step: Elementwise) -> Tensor:
+    if values.dim() == 1 and values.numel() == 1:
+        values = values.reshape(())
+    if values.numel() > 1 and values.dim() == 1 and not torch.Size(step.shape):
+        raise ValueError("one slope is needed")
+    return values if values.dim() == 0 else per_element(values, step.shape)

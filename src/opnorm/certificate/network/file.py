@@ -1,27 +1,35 @@
-"""The certificate of a network as one file: a safetensors file whose metadata states the program."""
+"""The certificate of a network as one file: a safetensors file whose metadata states the program.
 
-import dataclasses
+The metadata holds `format`, `upper` (hexadecimal), `calculus`, `steps`, `outputs`, `digests` and `norms` as JSON, and
+`sha256`, of all the rest and of every tensor. The tensors are the multipliers, the slopes and the constants.
+"""
+
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from opnorm.certificate.network import maps, program
-from opnorm.certificate.network.maps import Weights
-from opnorm.certificate.network.program import Program, Step
-from opnorm.errors import CertificateError
+from opnorm.certificate.network import program
+from opnorm.certificate.network.encoding import counts, number, parsed, refuse, slopes_of, steps_as_json, steps_from
+from opnorm.certificate.network.maps import Weighted, Weights, exactly
+from opnorm.certificate.network.program import Calculus, Program
+from opnorm.errors import CertificateError, CertificateFormatError
 
-FORMAT = "opnorm.network/1"
+FORMAT = "opnorm.network/2"
+LARGEST_HEADER = 64 * 2**20
+LARGEST_FILE = 4 * 2**30
+_KEYS = {"format", "upper", "calculus", "steps", "outputs", "digests", "norms", "sha256"}
+_DTYPES = (torch.float64, torch.int64)
 
-_STEPS = {
-    c.__name__: c
-    for c in (program.Input, program.Linear, program.Sum, program.Concat, program.Elementwise, program.Opaque)
-}
-_MAPS = {c.__name__: c for c in (maps.Matrix, maps.Convolution, maps.TransposedConvolution, maps.Scale, maps.Gather)}
+Run = tuple[int, ...]
+"""Positions of linear steps, each of which reads the one before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,86 +38,109 @@ class NetworkCertificate:
 
     Attributes:
         upper: the Lipschitz constant is at most this, for the Euclidean norm of all inputs and of all outputs.
-        calculus: `dense` or `fourier`: how the program becomes stages.
+        calculus: how the program is bounded: `dense` or `fourier`, the covariance calculus, or `naive`.
         program: what the network computes, with the constants that are not among its weights.
-        multipliers: one tensor for each non-linear step.
+        multipliers: one tensor for each non-linear step; none for `naive`.
         digests: SHA-256 of each weight that the program reads.
+        norms: for `naive`, the norm of each linear step, and of pairs of them that are better taken together.
     """
 
     upper: float
-    calculus: str
+    calculus: Calculus
     program: Program
     multipliers: tuple[Tensor, ...]
     digests: dict[str, str]
+    norms: dict[Run, float] = field(default_factory=dict)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """Steps whose constants are taken from the rules: what a reader has to accept about the operations."""
+        """What the certificate states and the weights do not show: constants of operations, tensors of its own."""
         found = []
         for step in self.program.steps:
             if isinstance(step, program.Opaque):
                 found.append(f"{step.label}: {step.constant:.6g}-Lipschitz ({step.reason})")
             elif isinstance(step, program.Elementwise) and not step.kind:
                 found.append(f"{step.label}: slopes in [{float(step.low.min()):.6g}, {float(step.high.max()):.6g}]")
+            elif isinstance(step, program.Linear) and isinstance(step.map, Weighted):
+                own = [name for name in step.map.names if name in self.program.constants]
+                found += [f"{step.label}: its tensor {name!r} is stated in the certificate" for name in own]
+            elif isinstance(step, program.Elementwise) and step.weight in self.program.constants:
+                found.append(f"{step.label}: its tensor {step.weight!r} is stated in the certificate")
         return tuple(dict.fromkeys(found))
 
     def save(self, path: str | Path) -> None:
         """Write the certificate to a file."""
         from safetensors.torch import save_file
 
-        tensors = {f"multiplier.{i}": s.contiguous() for i, s in enumerate(self.multipliers)}
-        tensors |= {f"constant.{name}": t.contiguous() for name, t in self.program.constants.items()}
-        steps = []
-        for i, step in enumerate(self.program.steps):
-            if isinstance(step, program.Elementwise):
-                tensors |= {f"low.{i}": step.low.contiguous().clone(), f"high.{i}": step.high.contiguous().clone()}
-            steps.append(_plain(step))
+        tensors = {f"multiplier.{i}": s.to(torch.float64).contiguous() for i, s in enumerate(self.multipliers)}
+        tensors |= slopes_of(self.program.steps)
+        tensors |= {f"constant.{name}": _storable(t) for name, t in self.program.constants.items()}
         metadata = {
             "format": FORMAT,
             "upper": self.upper.hex(),
             "calculus": self.calculus,
-            "steps": json.dumps(steps),
+            "steps": steps_as_json(self.program.steps),
             "outputs": json.dumps(self.program.outputs),
             "digests": json.dumps(self.digests),
+            "norms": json.dumps([[*run, bound.hex()] for run, bound in self.norms.items()]),
         }
-        save_file(tensors, str(path), metadata=metadata)
+        save_file(tensors, str(path), metadata={**metadata, "sha256": _fingerprint(metadata, tensors)})
 
     @staticmethod
     def load(path: str | Path) -> "NetworkCertificate":
-        """Read a certificate from a file.
+        """Read a certificate from a file. Nothing in it is executed, and it is no larger in memory than on disk.
 
         Raises:
-            CertificateError: if the file is no certificate of a network.
+            CertificateFormatError: if the file is no certificate of a network, or was changed after it was written.
         """
-        from safetensors import SafetensorError, safe_open
+        metadata, tensors = _opened(Path(path))
+        if metadata.keys() != _KEYS:
+            refuse(f"its metadata must have exactly the keys {', '.join(sorted(_KEYS))}")
+        if metadata.pop("sha256") != _fingerprint(metadata, tensors):
+            refuse("its contents were changed after it was written: its own sha256 does not fit")
+        if metadata["calculus"] not in get_args(Calculus):
+            refuse(f"there is no calculus {metadata['calculus']!r}")
+        upper = number(metadata["upper"], "upper")
+        if not 0 <= upper < math.inf:
+            refuse(f"upper is {upper!r}, not a finite number")
+        steps = steps_from(metadata["steps"], tensors)
+        constants = {n.removeprefix("constant."): t for n, t in tensors.items() if n.startswith("constant.")}
+        count = sum(1 for name in tensors if name.startswith("multiplier."))
+        known = {f"constant.{name}" for name in constants} | set(slopes_of(steps))
+        known |= {f"multiplier.{i}" for i in range(count)}
+        if tensors.keys() != known:
+            refuse(f"the tensor {min(tensors.keys() ^ known)!r} has no place in it")
+        digests = parsed(metadata["digests"])
+        if not isinstance(digests, dict) or not all(isinstance(v, str) for v in digests.values()):
+            refuse("digests is no table of texts")
+        return NetworkCertificate(
+            upper,
+            metadata["calculus"],  # type: ignore[arg-type]  # it was checked
+            Program(steps, counts(parsed(metadata["outputs"]), "outputs"), constants),
+            tuple(tensors[f"multiplier.{i}"] for i in range(count)),
+            digests,
+            _norms(parsed(metadata["norms"])),
+        )
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as problem:
-            raise CertificateError(f"{path} cannot be read as a certificate: {problem}") from problem
-        if metadata.get("format") != FORMAT:
-            raise CertificateError(f"{path} is no certificate of a network (format {metadata.get('format')!r})")
-        try:
-            steps = tuple(_step(entry, i, tensors) for i, entry in enumerate(json.loads(metadata["steps"])))
-            prefix = "constant."
-            constants = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            count = sum(1 for name in tensors if name.startswith("multiplier."))
-            return NetworkCertificate(
-                float.fromhex(metadata["upper"]),
-                metadata["calculus"],
-                Program(steps, tuple(json.loads(metadata["outputs"])), constants),
-                tuple(tensors[f"multiplier.{i}"] for i in range(count)),
-                json.loads(metadata["digests"]),
-            )
-        except (KeyError, TypeError, ValueError) as problem:
-            raise CertificateError(f"{path} is damaged: {problem}") from problem
+
+def is_network_certificate(path: Path) -> bool:
+    """Whether a file looks like a safetensors file rather than JSON text.
+
+    Raises:
+        CertificateFormatError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CertificateFormatError(f"{path}: cannot be read ({error.strerror})") from error
+    # JSON text has no zero bytes, a header's size in eight bytes always has.
+    return len(start) == 9 and start[7] == 0 and start[8:] == b"{"
 
 
-def digest(weight: Tensor) -> str:
+def digest(name: str, weight: Tensor) -> str:
     """SHA-256 of a weight's shape and of its values in float64."""
-    data = weight.detach().to("cpu", torch.float64).contiguous()
+    data = exactly(name, weight).contiguous()
     return hashlib.sha256(str(tuple(data.shape)).encode() + data.numpy().tobytes()).hexdigest()
 
 
@@ -126,32 +157,57 @@ def read_names(network: Program) -> tuple[str, ...]:
 
 def digests(network: Program, weights: Weights) -> dict[str, str]:
     """The digest of each stored weight that a program reads."""
-    return {name: digest(weights[name]) for name in read_names(network)}
+    return {name: digest(name, weights[name]) for name in read_names(network)}
 
 
-def _plain(step: Step) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": type(step).__name__}
-    for field in dataclasses.fields(step):
-        value = getattr(step, field.name)
-        if isinstance(value, maps.LinearMap):
-            value = {"type": type(value).__name__} | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        if not isinstance(value, Tensor):
-            entry[field.name] = value.hex() if isinstance(value, float) else value
-    return entry
+def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    _check_sizes(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata, names = dict(file.metadata() or {}), list(file.keys())
+            if metadata.get("format") != FORMAT:
+                refuse(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}")
+            wrong = [name for name in names if file.get_slice(name).get_dtype() not in ("F64", "I64")]
+            if wrong:
+                refuse(f"the tensor {wrong[0]!r} is neither float64 nor int64")
+            return metadata, {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, RuntimeError, ValueError) as problem:
+        if isinstance(problem, CertificateError):
+            raise
+        raise CertificateFormatError(f"{path} cannot be read as a certificate: {problem}") from problem
 
 
-def _step(entry: dict[str, Any], position: int, tensors: dict[str, Tensor]) -> Step:
-    kind = _STEPS[entry.pop("type")]
-    values = {k: _tuples(v) for k, v in entry.items() if k != "map"}
-    if "map" in entry:
-        linear = _MAPS[entry["map"].pop("type")]
-        values["map"] = linear(**{k: _tuples(v) for k, v in entry["map"].items()})
-    if kind is program.Elementwise:
-        values |= {"low": tensors[f"low.{position}"], "high": tensors[f"high.{position}"]}
-    if kind is program.Opaque:
-        values["constant"] = float.fromhex(values["constant"])
-    return kind(**values)
+def _check_sizes(path: Path) -> None:
+    """Refuse what states more than the file holds, before anything is read for it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise CertificateFormatError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(start) < 8 or not path.is_file():
+        refuse(f"{path} is too short")
+    (header,) = struct.unpack("<Q", start)
+    if header > min(LARGEST_HEADER, size - 8) or size > LARGEST_FILE:
+        refuse(f"{path} of {size} bytes states a header of {header}")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def _fingerprint(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
+def _norms(entries: object) -> dict[Run, float]:
+    if not isinstance(entries, list) or not all(isinstance(e, list) and len(e) > 1 for e in entries):
+        refuse("norms is no list of steps and bounds")
+    return {counts(entry[:-1], "norms"): number(entry[-1], "norms") for entry in entries}
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.dtype in _DTYPES else tensor.to(torch.float64)).contiguous()

@@ -40,6 +40,8 @@ from opnorm.errors import TooLargeError, UnsupportedLayerError
 
 Axes = tuple[int, ...]
 
+_MOST_FREQUENCIES = 2**24
+
 
 def fourier_chain(program: Program, weights: Weights, limit: float = 6e9, part: Tensor | None = None) -> Chain:
     """The stages of a convolutional program.
@@ -74,6 +76,8 @@ def coarse_frequencies(plan: Layout) -> Tensor:
 
 
 def _half_spectrum(points: Axes) -> Tensor:
+    if prod(points) > _MOST_FREQUENCIES:
+        raise TooLargeError(f"the Fourier calculus needs {prod(points)} frequencies")
     axes = [torch.arange(n) for n in points[:-1]] + [torch.arange(points[-1] // 2 + 1)]
     return torch.cartesian_prod(*axes).reshape(-1, len(points))
 
@@ -197,8 +201,7 @@ class Walk:
         self._check(sum(p.channels for p in self.base if p is not None) * blocks.shape[1], len(blocks))
 
     def _check(self, width: int, blocks: int) -> None:
-        if 16.0 * blocks * width * width > self.limit:
-            raise TooLargeError(f"the Fourier calculus needs {blocks} blocks of {width} x {width} numbers")
+        _require(blocks, width, self.limit)
 
     # ---------------------------------------------------------------- affine steps
 
@@ -250,6 +253,7 @@ class Walk:
         ins, outs = self.aliases(source.level), self.aliases(place.level)
         ratios = torch.tensor([f // g for f, g in zip(self.level, place.level, strict=True)])
         blocks = len(fine)
+        self._check(max(len(ins) * source.channels, len(outs) * place.channels), blocks)
         kernel = symbols.symbol(conv, self.weights, fine.reshape(-1, fine.shape[-1]), self.grid(source.level))
         assert kernel.error is not None
         value = kernel.value.reshape(blocks, len(ins), place.channels, source.channels)
@@ -377,6 +381,11 @@ class Walk:
         return Rows(value, error)
 
 
+def _require(blocks: int, width: int, limit: float) -> None:
+    if 16.0 * blocks * width * width > limit:
+        raise TooLargeError(f"the Fourier calculus needs {blocks} blocks of {width} x {width} numbers")
+
+
 def _folded(rows: Rows, blocks: Tensor, conjugate: Tensor) -> Rows:
     """The rows of all aliases, block-diagonal over the aliases of the base."""
     return Rows(_fold(rows.value, blocks, conjugate), None if rows.error is None else _fold(rows.error, blocks, None))
@@ -398,6 +407,6 @@ def _channel_order(index: Tensor, source: Place, place: Place, step: Step) -> Te
     points = prod(source.size)
     lines = index.reshape(place.channels, points)
     order = lines[:, 0] // points
-    if not torch.equal(lines, order[:, None] * points + torch.arange(points)):
+    if bool((order < 0).any()) or not torch.equal(lines, order[:, None] * points + torch.arange(points)):
         raise UnsupportedLayerError(f"the Fourier calculus does not cover {step.label}: it moves points")
     return order

@@ -6,7 +6,7 @@ of its coefficients. A coefficient is either stored, and then exact, or computed
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -29,10 +29,24 @@ def stored(weights: Weights, name: str) -> Tensor:
     """
     if name not in weights:
         raise CertificateError(f"the network reads the weight {name!r}, which is not among the weights given")
-    weight = weights[name].to(device="cpu", dtype=torch.float64)
+    weight = exactly(name, weights[name])
     if not bool(torch.isfinite(weight).all()):
         raise CertificateError(f"the weight {name!r} holds NaN or infinite values")
     return weight
+
+
+def exactly(name: str, weight: Tensor) -> Tensor:
+    """The same values in float64, on the CPU.
+
+    Raises:
+        CertificateError: if float64 cannot hold them: complex, sparse, quantised, or integers above 2^53.
+    """
+    if weight.layout != torch.strided or weight.is_quantized or weight.is_complex() or weight.is_meta:
+        raise CertificateError(f"the weight {name!r} is no plain tensor of real numbers")
+    wide = weight.to(device="cpu", dtype=torch.float64)
+    if weight.dtype in (torch.int64, torch.uint64) and bool((wide.abs() >= 2.0**53).any()):
+        raise CertificateError(f"the weight {name!r} holds integers of 2^53 and more")
+    return wide
 
 
 @dataclass(frozen=True)
@@ -62,30 +76,16 @@ class LinearMap:
 
 
 @dataclass(frozen=True)
-class Matrix(LinearMap):
-    """`(I_before x W x I_after)`: a stored matrix along the middle of the flattened sample.
+class Weighted(LinearMap):
+    """A map with the entries of one tensor.
 
     Attributes:
-        weight: name of a matrix, shape (m, n).
-        before: product of the sizes before the axis that it acts on.
-        after: product of the sizes after it.
-        rounded: relative error of the stored entries in units of 2^-53 (a mean's 1/n is rounded once).
+        weight: its name.
+        rounded: relative error of its entries in units of 2^-53 (a mean's 1/n is rounded once).
     """
 
     weight: str
-    before: int = 1
-    after: int = 1
-    rounded: int = 0
-
-    def apply(self, x: Tensor, weights: Weights, *, absolute: bool = False) -> Tensor:  # noqa: D102
-        matrix = stored(weights, self.weight)
-        matrix = matrix.abs() if absolute else matrix
-        parts = x.reshape(x.shape[0] * self.before, matrix.shape[1], self.after)
-        product = parts.reshape(-1, matrix.shape[1]) @ matrix.mT if self.after == 1 else matrix @ parts
-        return product.reshape(x.shape[0], *self.out_shape)
-
-    def terms(self, weights: Weights) -> int:  # noqa: D102
-        return int(weights[self.weight].shape[1])
+    rounded: int = field(default=0, kw_only=True)
 
     @property
     def units(self) -> int:  # noqa: D102
@@ -97,7 +97,31 @@ class Matrix(LinearMap):
 
 
 @dataclass(frozen=True)
-class Convolution(LinearMap):
+class Matrix(Weighted):
+    """`(I_before x W x I_after)`: a stored matrix along the middle of the flattened sample.
+
+    Attributes:
+        weight: name of a matrix, shape (m, n).
+        before: product of the sizes before the axis that it acts on.
+        after: product of the sizes after it.
+    """
+
+    before: int = 1
+    after: int = 1
+
+    def apply(self, x: Tensor, weights: Weights, *, absolute: bool = False) -> Tensor:  # noqa: D102
+        matrix = stored(weights, self.weight)
+        matrix = matrix.abs() if absolute else matrix
+        parts = x.reshape(x.shape[0] * self.before, matrix.shape[1], self.after)
+        product = parts.reshape(-1, matrix.shape[1]) @ matrix.mT if self.after == 1 else matrix @ parts
+        return product.reshape(x.shape[0], *self.out_shape)
+
+    def terms(self, weights: Weights) -> int:  # noqa: D102
+        return int(weights[self.weight].shape[1])
+
+
+@dataclass(frozen=True)
+class Convolution(Weighted):
     """torch's convolution with zero or circular padding.
 
     Attributes:
@@ -110,14 +134,19 @@ class Convolution(LinearMap):
         circular: whether padding repeats the sample; otherwise it is zero.
     """
 
-    weight: str
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int = 1
     circular: bool = False
-    rounded: int = 0
+
+    @property
+    def units(self) -> int:  # noqa: D102
+        # Where a circular kernel is wider than the image, taps that meet in one coefficient are added up.
+        spans = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+        wraps = self.circular and any(span >= n for span, n in zip(spans, self.in_shape[1:], strict=True))
+        return self.rounded + (2 * prod(self.kernel) if wraps else 0)
 
     def taps(self, weights: Weights) -> Tensor:
         """The stored kernel.
@@ -141,17 +170,9 @@ class Convolution(LinearMap):
     def terms(self, weights: Weights) -> int:  # noqa: D102
         return prod(weights[self.weight].shape[1:])
 
-    @property
-    def units(self) -> int:  # noqa: D102
-        return self.rounded
-
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return (self.weight,)
-
 
 @dataclass(frozen=True)
-class TransposedConvolution(LinearMap):
+class TransposedConvolution(Weighted):
     """torch's transposed convolution.
 
     Attributes:
@@ -163,7 +184,6 @@ class TransposedConvolution(LinearMap):
         groups: blocks of channels.
     """
 
-    weight: str
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     output_padding: tuple[int, ...]
@@ -181,13 +201,9 @@ class TransposedConvolution(LinearMap):
         kernel = weights[self.weight]
         return int(kernel.shape[0]) // self.groups * prod(kernel.shape[2:])
 
-    @property
-    def names(self) -> tuple[str, ...]:  # noqa: D102
-        return (self.weight,)
-
 
 @dataclass(frozen=True)
-class Scale(LinearMap):
+class Scale(Weighted):
     """Multiply by a stored tensor along one axis, or by BatchNorm's `weight / sqrt(variance + eps)`.
 
     Attributes:
@@ -195,14 +211,11 @@ class Scale(LinearMap):
         axis: the axis of the sample that the factors belong to.
         variance: name of BatchNorm's running variance, or empty.
         eps: added to the variance.
-        rounded: relative error of the stored factors in units of 2^-53.
     """
 
-    weight: str
     axis: int
     variance: str = ""
     eps: float = 0.0
-    rounded: int = 0
 
     def factors(self, weights: Weights) -> Tensor:
         """The factors, shape (n,); off by at most `units` of 2^-53 relative."""

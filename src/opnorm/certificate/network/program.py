@@ -5,11 +5,15 @@ A step reads earlier steps by their position in the list. Biases are left out: t
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opnorm.certificate.network.maps import LinearMap
+
+Calculus = Literal["dense", "fourier", "naive"]
+"""How a program is bounded: the covariance calculus with one dense block or in Fourier space, or step by step."""
 
 
 @dataclass(frozen=True)

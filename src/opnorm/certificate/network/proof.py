@@ -12,7 +12,7 @@ Every stage starts from the exactly stored P' of the one before, so rounding err
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from opnorm.certificate.network.affine import Rows, stacked
 from opnorm.certificate.network.stages import Chain, Collect, Detach, Regrid, Stage, Transition
 from opnorm.certificate.posdef import eigenvalue_floor, require_ieee_arithmetic
 from opnorm.errors import CertificateError
+
+Progress = Callable[[int, int, str], None]
 
 _FIRST_INFLATION = 1e-10
 _LAST_INFLATION = 1e-3
@@ -43,13 +45,19 @@ class Proof:
     coordinates: Tensor
 
 
-def prove(chain: Chain | Iterable[Chain], multipliers: Sequence[Tensor], pairs_up_to: int = 1024) -> Proof:
+def prove(
+    chain: Chain | Iterable[Chain],
+    multipliers: Sequence[Tensor],
+    pairs_up_to: int = 1024,
+    progress: Progress | None = None,
+) -> Proof:
     """Prove a bound from any positive multipliers, one tensor for each stage.
 
     Args:
         chain: the stages; or those of each part of the frequencies, one after the other, for less memory.
         multipliers: shared by all parts.
         pairs_up_to: how many outputs there may be for pairwise bounds.
+        progress: called before each stage with the number of those before it, of those of its part, and its name.
 
     Raises:
         CertificateError: if a stage cannot be proved, such as for multipliers that are too small.
@@ -62,7 +70,7 @@ def prove(chain: Chain | Iterable[Chain], multipliers: Sequence[Tensor], pairs_u
         whole, cover, queue = chain_of_part, start(chain_of_part), list(multipliers)
         if len(queue) != len(whole.choices):
             raise CertificateError(f"the network has {len(whole.choices)} non-linear steps, not {len(queue)}")
-        cover, rest = _passed(cover, list(whole.stages), queue)
+        cover, rest = _passed(cover, list(whole.stages), queue, progress)
         if rest and isinstance(rest[0], Collect):
             sums.append(summand(cover, rest[0]))
         elif not rest:
@@ -77,9 +85,13 @@ def prove(chain: Chain | Iterable[Chain], multipliers: Sequence[Tensor], pairs_u
     return conclude(cover, whole.out, pairs_up_to)
 
 
-def _passed(cover: Tensor, stages: list[Transition], queue: list[Tensor]) -> tuple[Tensor, list[Transition]]:
+def _passed(
+    cover: Tensor, stages: list[Transition], queue: list[Tensor], progress: Progress | None = None
+) -> tuple[Tensor, list[Transition]]:
     """The cover before the stage that joins the blocks, and the stages from that one on; takes from the queue."""
     for number, stage in enumerate(stages):
+        if progress is not None:
+            progress(number, len(stages), f"proving stage {number + 1}")
         if isinstance(stage, Stage):
             cover = advance(cover, stage, queue.pop(0))
         elif isinstance(stage, Regrid):

@@ -26,6 +26,9 @@ from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
 from opnorm.errors import TooLargeError, UnsupportedLayerError
 
+_MOST_LIVE = 16
+"""How many times the limit the rows of all affine results that wait to be read may be."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -60,7 +63,8 @@ class Stage:
     @cached_property
     def decoupled(self) -> bool:
         """Whether nothing of the new base is linear in the old one."""
-        return not bool((self.mean.value != 0).any())
+        error = self.mean.error
+        return not bool((self.mean.value != 0).any()) and (error is None or not bool((error != 0).any()))
 
     @cached_property
     def selected(self) -> Tensor | None:
@@ -244,6 +248,7 @@ def dense_chain(
             stages.append(stage)
         else:
             _require(step.size, limit)
+            _require(sum(r.height for r in rows.values()), _MOST_LIVE * limit)
             rows[position] = affine_rows(step, [rows[i] for i in step.sources], weights)
         rows = {i: r for i, r in rows.items() if last[i] > position or isinstance(program.steps[i], Input)}
     return Chain(width, tuple(stages), stacked([rows[i] for i in program.outputs]))

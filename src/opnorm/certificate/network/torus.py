@@ -66,6 +66,8 @@ def layout(program: Program) -> Layout:
             place = _place(step, position, places, crops=crops, torus=torus, needs=needs)
             places.append(place)
             if place is not None:
+                if step.shape != (place.channels, *place.size):
+                    raise _unfit(step, f"its shape {step.shape} is not that of its images")
                 needs = [max(n, s * f) for n, s, f in zip(needs, place.size, place.level, strict=True)]
                 coarsest = [lcm(c, f) for c, f in zip(coarsest, place.level, strict=True)]
         circular = any(
