@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from opnorm.network.bound import NetworkBound, NodeBound
+    from opnorm.network.result import NetworkBound, NodeBound
 
 
 def table_of(bound: "NetworkBound") -> str:

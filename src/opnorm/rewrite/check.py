@@ -15,7 +15,7 @@ from opnorm.certificate.network.file import NetworkCertificate, is_network_certi
 from opnorm.certificate.verify import Verification, Weights, verify_weights
 from opnorm.checkpoint import stored_tensors
 from opnorm.errors import CertificateError, CertificateFormatError, UnsupportedLayerError
-from opnorm.network.bound import program_of_model
+from opnorm.network.certified import program_of_model
 
 
 def verify(
