@@ -27,6 +27,8 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
+    """A bound by the calculus, of the network and of each pair of outputs, and the multipliers that give it."""
+
     upper: float
     pairwise: Tensor | None
     found: Found

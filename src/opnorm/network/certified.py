@@ -37,6 +37,11 @@ def program_of_model(model: nn.Module, example_input: Example) -> Program:
 def certificate_of(
     program: Program, graph: Graph, plain: Naive, best: Candidate | None, *, guarantee: Guarantee, on_region: bool
 ) -> NetworkCertificate:
+    """The certificate of the calculus' bound, or of the naive rules' where these are as good.
+
+    Raises:
+        CertificateError: for an estimate, and for a bound on a region.
+    """
     if on_region:
         raise CertificateError("a bound on a region has no certificate; leave the region out to have one")
     if guarantee != "proved":
