@@ -36,7 +36,7 @@ SCOUT_EVERY = 4
 """Later, scouts advance and the frequency moves only at every fourth value."""
 
 ADAPTIVE_TOLERANCE = 1e-4
-ADAPTIVE_MOST = 24
+ADAPTIVE_LEAST, ADAPTIVE_MOST = 10, 24
 
 
 def _no_transforms() -> AbstractContextManager[object]:
@@ -264,7 +264,11 @@ class SpectralNormalization(nn.Module):
         block = self._block(dtype)
         if self.iterations == "adaptive":
             return blocks.iterate(
-                lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=ADAPTIVE_MOST, least=4
+                lambda block: self._step(raw, block),
+                block,
+                tolerance=ADAPTIVE_TOLERANCE,
+                most=ADAPTIVE_MOST,
+                least=ADAPTIVE_LEAST,
             )
         self._age += 1
         # A count on the host, which no graph sees: nothing waits for it, and nothing compiles anew.
