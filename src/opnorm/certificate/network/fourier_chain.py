@@ -127,6 +127,7 @@ class Walk:
         """Build the stages, each when it is asked for."""
         last = last_readers(self.program)
         self.level, self.base = self.first.level, [self.first]
+        _require(self.blocks, self.width, self.limit)
         for position, step in enumerate(self.program.steps):
             if isinstance(step, Input):
                 self.rows[position] = self.identity(self.width, 0, self.width)
@@ -143,9 +144,8 @@ class Walk:
             self.stages.clear()
 
     def identity(self, width: int, start: int, size: int) -> Rows:
-        """Rows of the base itself; complex in Fourier space, except on a torus of one point."""
-        real = self.flat or (self.part is None and len(self.frequencies(self.level)) == 1)
-        eye = torch.eye(width, dtype=torch.float64 if real else torch.complex128)
+        """Rows of the base itself; complex in Fourier space."""
+        eye = torch.eye(width, dtype=torch.float64 if self.flat else torch.complex128)
         return Rows(eye[None, start : start + size])
 
     # ---------------------------------------------------------------- the grid of frequencies
