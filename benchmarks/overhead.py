@@ -13,6 +13,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from environment import write
@@ -33,21 +34,21 @@ def mlp(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def discriminator(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """The SN-GAN discriminator for 32 x 32 images (Miyato et al., Table 3) at half width."""
+def discriminator(wrap: Callable[[nn.Module], nn.Module], width: int = 64) -> nn.Module:
+    """The SN-GAN discriminator for 32 x 32 images (Miyato et al., Table 3)."""
     plan = [
-        (3, 32, 3, 1),
-        (32, 64, 4, 2),
-        (64, 64, 3, 1),
-        (64, 128, 4, 2),
-        (128, 128, 3, 1),
-        (128, 256, 4, 2),
-        (256, 256, 3, 1),
+        (3, width, 3, 1),
+        (width, 2 * width, 4, 2),
+        (2 * width, 2 * width, 3, 1),
+        (2 * width, 4 * width, 4, 2),
+        (4 * width, 4 * width, 3, 1),
+        (4 * width, 8 * width, 4, 2),
+        (8 * width, 8 * width, 3, 1),
     ]
     layers: list[nn.Module] = []
     for c_in, c_out, k, stride in plan:
         layers += [wrap(nn.Conv2d(c_in, c_out, k, stride, 1)), nn.LeakyReLU(0.1)]
-    return nn.Sequential(*layers, nn.Flatten(), wrap(nn.Linear(256 * 4 * 4, 1)))
+    return nn.Sequential(*layers, nn.Flatten(), wrap(nn.Linear(8 * width * 4 * 4, 1)))
 
 
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -163,6 +164,7 @@ def main() -> None:
     cases = {
         **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), 2, True) for n in (32, 128, 512)},
         **{f"SN-GAN discriminator, batch {n}": (discriminator, (n, 3, 32, 32), 1, True) for n in (1, 8, 64)},
+        "SN-GAN discriminator at half width, batch 64": (partial(discriminator, width=32), (64, 3, 32, 32), 1, True),
         "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), 7, False),
         "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), 7, False),
     }
