@@ -72,7 +72,7 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Return `matrix @ vectors`, where only the vectors may be complex, in one pass over a real matrix.
 
     The vectors are the rows of the product that is computed: on the CPU that order is several times faster for a few
-    vectors, and a single block goes past the batched kernels.
+    vectors, and a single block goes past the batched kernels. One or two vectors go one by one.
     """
     if vectors.is_complex() and not matrix.is_complex():
         both = multiply(matrix, torch.cat([vectors.real, vectors.imag], -1))
@@ -81,6 +81,8 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
         from opnorm.parametrize.sharding import product
 
         return product(matrix, vectors)
+    if len(matrix) == 1 and vectors.shape[-1] <= 2 and matrix.is_contiguous():
+        return torch.stack([matrix[0] @ vectors[0, :, i] for i in range(vectors.shape[-1])], -1)[None]
     if len(matrix) == 1:
         return (vectors[0].mT @ matrix[0].mT).mT[None]
     return (vectors.mT @ matrix.mT).mT

@@ -114,30 +114,38 @@ def _phases(positions: Tensor, omega: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def step(view: View, matrices: Tensor, block: Block, *, move: bool = True) -> tuple[Block, Triple]:
-    """Advance the tracked vectors by one iteration and return the best triple that they hold.
+def step(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
+    """Advance the tracked vectors and their frequency by one iteration and return the best triple that they hold.
 
-    `matrices` has shape (blocks, rows, columns * taps). `move`: whether the frequency goes along.
+    `matrices` has shape (blocks, rows, columns * taps).
     """
     table = tables(view, block.omega.dtype, block.omega.device)
     here = block.omega[:, :1]
     phases = _phases(table.positions, here)  # shape: (blocks, 1, taps)
     left = torch.linalg.qr(multiply(matrices, _spread(table, block.y, phases)))[0]
     pulled, scale = scaled(multiply(matrices.mH, left))  # shape: (blocks, columns * taps, width)
-    y = _gather(table, pulled, phases)
-    rotation = ritz_rotation(y)
-    left = left @ rotation[..., :1]
-    if move:
-        pulled = pulled @ rotation
-        here = _moved(table, pulled[..., :1], here, phases, table.moves)
-        phases = _phases(table.positions, here)
-        y = _gather(table, pulled, phases)
-    else:
-        y = y @ rotation
-    y, lengths = normalised(y)
+    rotation = ritz_rotation(_gather(table, pulled, phases))
+    left, pulled = left @ rotation[..., :1], pulled @ rotation
+    here = _moved(table, pulled[..., :1], here, phases, table.moves)
+    phases = _phases(table.positions, here)
+    y, lengths = normalised(_gather(table, pulled, phases))
     direction = _direction(left, _spread(table, y[..., :1], phases), matrices)
     return (
         Block(y, torch.cat([here, block.omega[:, 1:]], 1), block.scouts),
+        Triple((lengths * scale)[:, 0, 0], *direction),
+    )
+
+
+def follow(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
+    """Advance the first tracked vector alone, where it is: a quarter of the products of a `step`."""
+    table = tables(view, block.omega.dtype, block.omega.device)
+    phases = _phases(table.positions, block.omega[:, :1])
+    left = unit_columns(multiply(matrices, _spread(table, block.y[..., :1], phases)))
+    pulled, scale = scaled(multiply(matrices.mH, left))
+    y, lengths = normalised(_gather(table, pulled, phases))
+    direction = _direction(left, _spread(table, y, phases), matrices)
+    return (
+        Block(torch.cat([y, block.y[..., 1:]], -1), block.omega, block.scouts),
         Triple((lengths * scale)[:, 0, 0], *direction),
     )
 

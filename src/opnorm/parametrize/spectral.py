@@ -33,7 +33,7 @@ of Adam add a large new direction, which one iteration a step meets ten steps la
 YOUNG_ITERATIONS = 4
 
 SCOUT_EVERY = 4
-"""Later, scouts advance and the frequency moves only at every fourth value."""
+"""Later, all but the first vector, the scouts and the frequency move at every fourth value only."""
 
 ADAPTIVE_TOLERANCE = 1e-4
 ADAPTIVE_LEAST, ADAPTIVE_MOST = 10, 24
@@ -286,7 +286,7 @@ class SpectralNormalization(nn.Module):
                 return frequencies.sweep(self.view, matrices, block)
             turn, rest = (self._turn, 0) if self._age <= YOUNG else divmod(self._turn, SCOUT_EVERY)
             if rest:
-                return frequencies.step(self.view, matrices, block, move=False)
+                return frequencies.follow(self.view, matrices, block)
             return frequencies.step(self.view, matrices, frequencies.scouted(self.view, matrices, block, turn))
         return blocks.step(matrices, block)
 
