@@ -208,7 +208,9 @@ AGREEMENT = {
 }
 
 
-NOT_YET = pytest.mark.xfail(reason="0.4 % here: a maximum at another frequency overtakes and is met late")
+NOT_YET = pytest.mark.xfail(
+    reason="up to 0.6 %, as rounding has it: a maximum at another frequency overtakes and is met late", strict=False
+)
 
 
 @pytest.mark.parametrize(

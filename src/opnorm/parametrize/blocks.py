@@ -40,6 +40,17 @@ def step(matrices: Tensor, block: Block) -> tuple[Block, Triple]:
     return Block(y, block.omega, block.scouts), triple
 
 
+def follow(matrices: Tensor, block: Block) -> tuple[Block, Triple]:
+    """Advance the first vector alone: two matrix-vector products. The others join in at the next `step`."""
+    left = unit_columns(multiply(matrices, block.y[..., :1]))
+    pulled, scale = scaled(multiply(matrices.mH, left))
+    y, lengths = normalised(pulled)
+    return (
+        Block(torch.cat([y, block.y[..., 1:]], -1), block.omega, block.scouts),
+        Triple((lengths * scale)[:, 0, 0], left, y),
+    )
+
+
 def scaled(y: Tensor) -> tuple[Tensor, Tensor]:
     """Return each block with entries up to one, and the scale: so that nothing over- or underflows later."""
     parts = torch.view_as_real(y).flatten(2) if y.is_complex() else y
@@ -81,7 +92,7 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
         from opnorm.parametrize.sharding import product
 
         return product(matrix, vectors)
-    if len(matrix) == 1 and vectors.shape[-1] <= 2 and matrix.is_contiguous():
+    if len(matrix) == 1 and vectors.shape[-1] <= 2 and 1 in matrix.stride()[1:]:
         return torch.stack([matrix[0] @ vectors[0, :, i] for i in range(vectors.shape[-1])], -1)[None]
     if len(matrix) == 1:
         return (vectors[0].mT @ matrix[0].mT).mT[None]

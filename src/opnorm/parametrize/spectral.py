@@ -32,8 +32,8 @@ of Adam add a large new direction, which one iteration a step meets ten steps la
 
 YOUNG_ITERATIONS = 4
 
-SCOUT_EVERY = 4
-"""Later, all but the first vector, the scouts and the frequency move at every fourth value only."""
+WHOLE_EVERY = 4
+"""Later, vectors other than the first, scouts and the frequency move at every fourth value only."""
 
 ADAPTIVE_TOLERANCE = 1e-4
 ADAPTIVE_LEAST, ADAPTIVE_MOST = 10, 24
@@ -280,15 +280,17 @@ class SpectralNormalization(nn.Module):
         if self.view.sampled:
             return sampled.step(self.view, raw, block)
         matrices = self.view.matrices(raw)
-        if self.view.frequencies:
-            self._turn += 1
-            if self.iterations == "adaptive":
-                return frequencies.sweep(self.view, matrices, block)
-            turn, rest = (self._turn, 0) if self._age <= YOUNG else divmod(self._turn, SCOUT_EVERY)
-            if rest:
-                return frequencies.follow(self.view, matrices, block)
-            return frequencies.step(self.view, matrices, frequencies.scouted(self.view, matrices, block, turn))
-        return blocks.step(matrices, block)
+        if self.iterations == "adaptive":
+            return (
+                frequencies.sweep(self.view, matrices, block) if self.view.frequencies else blocks.step(matrices, block)
+            )
+        self._turn += 1
+        turn, rest = (self._turn, 0) if self._age <= YOUNG else divmod(self._turn, WHOLE_EVERY)
+        if not self.view.frequencies:
+            return blocks.follow(matrices, block) if rest else blocks.step(matrices, block)
+        if rest:
+            return frequencies.follow(self.view, matrices, block)
+        return frequencies.step(self.view, matrices, frequencies.scouted(self.view, matrices, block, turn))
 
     def _joined(self, triple: Triple) -> Triple:
         """Where the norm is the largest of the blocks', only the largest block's triple counts."""
