@@ -28,6 +28,7 @@ def to_html(report: Report) -> str:
         roles=[(role, role_index(roles, role), sum(row.role == role for row in report.rows)) for role in roles],
         notes=_notes(report),
         plots=plots,
+        version=report.versions.get("opnorm", ""),
     )
 
 
