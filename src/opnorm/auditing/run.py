@@ -1,10 +1,10 @@
-"""An audit: policy and checkpoint -> report, one tensor in memory at a time."""
+"""An audit: policy and checkpoint -> report, one large tensor in memory at a time."""
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import inf, isfinite
+from collections.abc import Callable, Iterable
+from itertools import chain
+from math import inf
 from os import PathLike, fspath
 
 import torch
@@ -13,35 +13,19 @@ from torch import Tensor, nn
 from opnorm._enclosure import Guarantee
 from opnorm._version import __version__
 from opnorm.auditing.geometry import Geometry
-from opnorm.auditing.measure import count_nonfinite, enclose, frobenius, stable_rank
-from opnorm.auditing.report import Report, Row, SkipKind, Skipped
-from opnorm.auditing.roles import MATRIX, Unread, parse_roles, read
-from opnorm.auditing.rules import Rule, check, parse
+from opnorm.auditing.report import Report, Row, Skipped
+from opnorm.auditing.roles import parse_roles
+from opnorm.auditing.rules import check, parse
+from opnorm.auditing.side_by_side import side_by_side
+from opnorm.auditing.tensor import Policy, audited, share
 from opnorm.checkpoint import Checkpoint, Entry, Left, open_checkpoint, open_state
-from opnorm.errors import ArgumentError, ArithmeticModeError, OpnormError
+from opnorm.errors import ArgumentError
 from opnorm.norms.memory import keep_freed_memory
 
 Progress = Callable[[int, int, str], None]
 """Called with the elements done, all elements, and the name of the tensor that comes next."""
 
 DEFAULT_RTOL: dict[Guarantee, float] = {"proved": 1e-4, "probable": 1e-3, "estimate": 1e-4}
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What to measure and when to fail.
-
-    Attributes:
-        guarantee: what every upper end must hold.
-        rtol: a target for the gap.
-        rules: conditions that make the audit fail.
-        roles: patterns and roles given by hand.
-    """
-
-    guarantee: Guarantee
-    rtol: float
-    rules: tuple[Rule, ...] = ()
-    roles: tuple[tuple[str, str], ...] = ()
 
 
 def audit(
@@ -105,17 +89,20 @@ def _report(
     start = time.perf_counter()
     keep_freed_memory()
     total = checkpoint.elements
-    rows, skipped, done = [], [_left(part, total) for part in checkpoint.left], 0
     shapes = {entry.name: entry.shape for entry in checkpoint.entries}
-    for entry in checkpoint.entries:
+    done = 0
+
+    def begin(entry: Entry) -> None:
+        nonlocal done
         if progress is not None:
             progress(done, total, entry.name)
-        for item in _audited(entry, shapes, policy, geometry, total):
-            if isinstance(item, Row):
-                rows.append(item)
-            else:
-                skipped.append(item)
         done += entry.elements
+
+    found = side_by_side(lambda entry: list(audited(entry, shapes, policy, geometry, total)), checkpoint.entries, begin)
+    items = list(chain.from_iterable(found))
+    rows = [item for item in items if isinstance(item, Row)]
+    skipped = [_left(part, total) for part in checkpoint.left]
+    skipped += [item for item in items if isinstance(item, Skipped)]
     return Report(
         source=source,
         format=checkpoint.format,
@@ -134,62 +121,4 @@ def _report(
 
 def _left(part: Left, total: int) -> Skipped:
     reason = f"{part.reason} ({part.tensors} tensors)" if part.tensors else part.reason
-    return Skipped(part.name, (), "", part.elements, _share(part.elements, total), "left", reason)
-
-
-def _share(elements: int, total: int) -> float:
-    return elements / total if total else 0.0
-
-
-def _audited(
-    entry: Entry, shapes: Mapping[str, tuple[int, ...]], policy: Policy, geometry: Geometry, total: int
-) -> Iterator[Row | Skipped]:
-    """Yield what becomes of one tensor: one row, several (stacked matrices), or the reason why there is none."""
-
-    def skip(kind: SkipKind, reason: str, name: str = entry.name, elements: int = entry.elements) -> Skipped:
-        return Skipped(name, entry.shape, entry.dtype, elements, _share(elements, total), kind, reason)
-
-    reading = read(entry.name, entry.shape, shapes, policy.roles)
-    if entry.unusable and not (isinstance(reading, Unread) and reading.kind == "empty"):
-        yield skip("part" if " of " in entry.unusable else "dtype", entry.unusable)
-        return
-    if isinstance(reading, Unread):
-        yield skip(reading.kind, reading.reason)
-        return
-    tensor = geometry.weight(entry) if entry.remark else entry.load()
-    parts = reading.parts or (("", slice(None)),)
-    for index, (label, where) in enumerate(parts):
-        name = f"{entry.name}[{label}]" if label else entry.name
-        elements = entry.elements * (index + 1) // len(parts) - entry.elements * index // len(parts)
-        piece = tensor[where]
-        matrix = piece if reading.kernel else piece.reshape(piece.shape[-2:]) if piece.dim() > MATRIX else piece
-        size = frobenius(matrix)
-        if not isfinite(size):
-            nans, infinite = count_nonfinite(matrix)
-            yield skip("nonfinite", f"holds {nans} NaN and {infinite} infinite values: it has no norm", name, elements)
-            continue
-        try:
-            layer = geometry.operator(entry) if reading.kernel else None
-            enclosure = enclose(
-                matrix if layer is None else layer, kernel=reading.kernel, rtol=policy.rtol, guarantee=policy.guarantee
-            )
-        except ArithmeticModeError:
-            raise
-        except OpnormError as error:
-            yield skip("failed", " ".join(str(error).split()), name, elements)
-            continue
-        note = "the layer's own geometry, valid for every input size" if layer is not None else reading.note
-        notes = [note, entry.derived, "" if geometry.knows(entry) else entry.remark, enclosure.note]
-        yield Row(
-            name=name,
-            shape=tuple(matrix.shape),
-            dtype=entry.dtype,
-            role=reading.role,
-            elements=elements,
-            share=_share(elements, total),
-            enclosure=enclosure,
-            frobenius=size,
-            stable_rank=stable_rank(size, enclosure.upper),
-            aliases=entry.aliases,
-            note="; ".join(dict.fromkeys(filter(None, notes))),
-        )
+    return Skipped(part.name, (), "", part.elements, share(part.elements, total), "left", reason)
