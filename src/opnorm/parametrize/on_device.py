@@ -37,6 +37,17 @@ def chosen(finite: Tensor, new: TensorsT, old: TensorsT) -> TensorsT:
     return cast("Any", type(new))(*map(one, new, old))  # type: ignore[no-any-return]
 
 
+def read(numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Bring many scalar tensors to the host, waiting once for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, number in numbers.items():
+        groups.setdefault((number.device, number.dtype), []).append(name)
+    found: dict[str, float] = {}
+    for names in groups.values():
+        found.update(zip(names, torch.stack([numbers[name] for name in names]).tolist(), strict=True))
+    return {name: found[name] for name in numbers}
+
+
 def leading_rotation(gram: Tensor) -> Tensor:
     """Return unitary matrices whose first column is the leading eigenvector of each positive semidefinite matrix.
 

@@ -1,7 +1,6 @@
 """The parametrization `W -> K W / sigma(W)`: an estimate of the true norm in training, a proved one in evaluation."""
 
 import json
-import warnings
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -360,18 +359,20 @@ class SpectralNormalization(nn.Module):
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Say so where a checkpoint was trained under another K, mode or norm; the layer keeps its own."""
+        """Compare in full at the next use; `adopt_state` says where a checkpoint was normalised otherwise."""
+        self.renew()
+
+    def differing(self, state: Tensor) -> str:
+        """In what K, mode and norm of a checkpoint differ from the layer's, which keeps its own; "" for nothing."""
         there = json.loads(bytes(state.tolist()).decode()) if state.numel() else {}
         here = {"lipschitz": self.lipschitz, "mode": self.mode, "norm": self.norm}
-        differing = [
+        return ", ".join(
             f"{name} {there[name]!r} (here {here[name]!r})"
             for name in here
             if there.get(name, here[name]) != here[name]
-        ]
-        if differing:
-            warnings.warn(f"{self.label}: the checkpoint was normalised with {', '.join(differing)}", stacklevel=2)
-        self.renew()
+        )
 
     def extra_repr(self) -> str:
         """What is divided, and how."""
-        return f"lipschitz={self.lipschitz:g}, mode={self.mode}, norm={self.norm}, n_power_iterations={self.iterations}"
+        text = f"lipschitz={self.lipschitz:g}, mode={self.mode}, norm={self.norm}, n_power_iterations={self.iterations}"
+        return text if self.scale is None else f"{text}, learn_scale=True"
