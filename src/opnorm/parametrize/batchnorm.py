@@ -1,6 +1,7 @@
 """Folding BatchNorm, in its evaluation form, into the layer before it."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ TOLERANCE = 1e-4
 def fold_batch_norms(model: nn.Module, example_input: Any) -> None:
     """Replace every BatchNorm that alone reads a linear layer's output by that layer with other weights, in place.
 
+    A warning names those that stay.
+
     Raises:
-        ArgumentError: if that changes the model's output on `example_input`, as where a layer's output is used
-            elsewhere too; the model is left as it was.
+        ArgumentError: if there is none, or if that changes the model's output on `example_input`, as where a layer's
+            output is used elsewhere too; the model is left as it was.
     """
     twin = copy.deepcopy(model)
-    _fold_all(twin, example_input)
+    if not _fold_all(twin, example_input):
+        raise ArgumentError(
+            "fold_batch_norm=True folds nothing: no BatchNorm of this model is the only one to read the output of a "
+            "plain linear layer; leave it out"
+        )
     before, after = _output(model, example_input), _output(twin, example_input)
     if not torch.allclose(before, after, rtol=TOLERANCE, atol=TOLERANCE * float(before.abs().max())):
         raise ArgumentError(
@@ -31,9 +38,18 @@ def fold_batch_norms(model: nn.Module, example_input: Any) -> None:
             "elsewhere too; leave fold_batch_norm out"
         )
     _fold_all(model, example_input)
+    left = [path for path, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    if left:
+        warnings.warn(
+            f"{', '.join(left)} not folded: only a BatchNorm with running statistics that alone reads a plain linear "
+            "layer's output is; it scales by weight / sqrt(var + eps) on top of the bound",
+            stacklevel=3,
+        )
 
 
-def _fold_all(model: nn.Module, example_input: Any) -> None:
+def _fold_all(model: nn.Module, example_input: Any) -> int:
+    """Return how many were folded."""
+    count = 0
     flow = run_once(model, example_input)
     paths = {module: path for path, module in model.named_modules()}
     for layer, readers in flow.readers.items():
@@ -43,6 +59,8 @@ def _fold_all(model: nn.Module, example_input: Any) -> None:
             _fold(layer, norm)
             parent, _, name = paths[norm].rpartition(".")
             setattr(model.get_submodule(parent), name, nn.Identity())
+            count += 1
+    return count
 
 
 def _fold(layer: Any, norm: Any) -> None:  # the classes were checked

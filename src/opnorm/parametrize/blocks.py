@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opnorm.parametrize.on_device import host_waits, leading_rotation
+
 
 class Block(NamedTuple):
     """Right vectors, the best first; for convolutions also where they live, and scouts (see `frequencies`)."""
@@ -65,8 +67,11 @@ def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ritz_rotation(y: Tensor) -> Tensor:
-    """The rotation of orthonormal left vectors that makes them Ritz vectors, the best first; y is scaled."""
-    vectors: Tensor = torch.linalg.eigh(y.mH @ y)[1]
+    """The rotation of orthonormal left vectors that makes the first, on CPUs all, of them Ritz vectors; y is scaled."""
+    gram = y.mH @ y
+    if host_waits(gram):
+        return leading_rotation(gram)
+    vectors: Tensor = torch.linalg.eigh(gram)[1]
     return vectors.flip(-1)
 
 

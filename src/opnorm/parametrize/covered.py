@@ -7,9 +7,9 @@ from typing import Any, Literal
 from torch import nn
 
 from opnorm.parametrize.chains import rule_of
+from opnorm.parametrize.checks import uses_torch
 from opnorm.parametrize.families import weights_of
 from opnorm.parametrize.flow import Flow, run_once, sequence
-from opnorm.parametrize.register import uses_torch
 from opnorm.parametrize.spectral import SpectralNormalization
 
 Status = Literal["normalised", "bounded", "inert", "skipped"]
@@ -125,7 +125,7 @@ def _of_rule(
     undone = undoing(module, flow)
     if undone is not None:
         return "inert", f"{type(undone).__name__} after it undoes any scale of {rule.label}"
-    at_most = "at most " if rule.mode == "clip" else ""
+    at_most = "at most " if rule.mode == "clip" or rule.scale is not None else ""
     return "normalised", f"{rule.label}, {rule.norm} norm {at_most}{rule.lipschitz:g}"
 
 

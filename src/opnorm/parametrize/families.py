@@ -123,4 +123,8 @@ def _border_matters(operator: Conv | ConvTranspose) -> bool:
 
 def _choices(module: nn.Module) -> str:
     found = [name if owner is module else f"out_proj.{name}" for owner, name in weights_of(module)]
-    return f"{', '.join(found)} (name=None takes them all)" if found else "no weight that opnorm knows"
+    return (
+        f"{', '.join(found)} (name=None takes them all)"
+        if found
+        else "no weight that opnorm knows; opnorm.normalize(model) takes all the layers of a model"
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opnorm.parametrize.families import Shape
+from opnorm.parametrize.spectral import SpectralNormalization
 
 
 @dataclass
@@ -58,7 +59,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
-            module.training = "parametriz" in type(module).__module__
+            module.training = isinstance(module, SpectralNormalization)
         yield
     finally:
         for module, mode in modes.items():

@@ -20,6 +20,7 @@ _DESCRIBE = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
         *(getattr(Tensor, name).__get__ for name in ("is_sparse", "is_quantized", "is_meta", "is_nested", "grad")),
+        *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_cuda", "is_mps", "is_xpu")),
         *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "stride", "is_floating_point")),
         *(getattr(Tensor, name) for name in ("is_complex", "__len__", "__hash__", "element_size", "ndimension")),
         *(getattr(Tensor, name) for name in ("is_contiguous", "is_inference")),

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from opnorm.parametrize import on_device
 from opnorm.parametrize.blocks import multiply
 from opnorm.parametrize.families import Norm, Shape
-from opnorm.parametrize.spectral import Iterations
+from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.tracked import current, track
 
 
@@ -15,8 +16,12 @@ class Monitor:
     """Measures the weights of a model as they are used now; a call returns a flat dict of floats for any logger.
 
     For each weight: `NAME/norm`, the estimated operator norm (from below); `NAME/gap`, how far the estimate's vectors
-    are from a singular pair, relative to the norm (some singular value lies within it); `NAME/stable_rank`,
-    `|W|_F^2 / |W|^2` of the stored weight. Weights of layers that opnorm does not know are left out.
+    are from a singular pair, relative to the norm (some singular value lies within it; NaN where the norm is that of
+    one small or reflecting input size); `NAME/stable_rank`, `|W|_F^2 / |W|^2` with the stored kernel's entries above
+    and the operator's norm below: for a convolution it is the stable rank by position, which can be below 1. Of q, k
+    and v in one weight the one with the largest norm counts. Weights of layers that opnorm does not know are left out.
+
+    The numbers of all weights reach the host together, so that an accelerator is waited for once.
 
     The monitor owns its warm starts; the model is not touched, normalised or not.
 
@@ -28,7 +33,7 @@ class Monitor:
         skip: names of modules to leave out, with `*` for anything.
 
     Raises:
-        ArgumentError: if there is nothing to measure.
+        ArgumentError: if there is nothing to measure, or a name or an option fits nothing.
         InputShapeError: if a layer's norm depends on an input size that is not given.
 
     Example:
@@ -53,22 +58,29 @@ class Monitor:
             input_shapes=input_shapes, skip=skip,
         )  # fmt: skip
 
+    @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """Return the current figures."""
-        found: dict[str, float] = {}
+        """Return the current figures; NaN for a weight that holds NaN or infinite values."""
+        found: dict[str, Tensor] = {}
         for label, (module, name, rule) in self._tracked.items():
-            weight = current(module, name)
-            triple = rule.triple(weight)
-            matrices = rule.view.matrices(weight).to(triple.left.dtype)
-            sigma = float(triple.sigma.max())
-            if triple.right is None:
-                gap = float("nan")
-            else:
-                residual = multiply(matrices, triple.right) - triple.sigma[:, None, None] * triple.left
-                top = int(torch.linalg.vector_norm(triple.left, dim=(1, 2)).argmax()) if rule.view.joint else 0
-                gap = float(torch.linalg.vector_norm(residual[top])) / sigma if sigma else 0.0
-            energy = float(torch.linalg.vector_norm(matrices)) ** 2
-            found[f"{label}/norm"] = sigma
-            found[f"{label}/gap"] = gap
-            found[f"{label}/stable_rank"] = energy / sigma**2 if sigma else 0.0
-        return found
+            for figure, value in _figures(rule, current(module, name)).items():
+                found[f"{label}/{figure}"] = value
+        return on_device.read(found)
+
+
+def _figures(rule: SpectralNormalization, weight: Tensor) -> dict[str, Tensor]:
+    triple = rule.triple(weight)
+    matrices = rule.view.matrices(weight).to(triple.left.dtype)
+    sigma = triple.sigma.max()
+    unit = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+    lengths = torch.linalg.vector_norm(matrices.flatten(1) / unit, dim=1)
+    # Of blocks with norms of their own the largest counts; where they share one, the vectors are of the largest.
+    weighed = torch.linalg.vector_norm(triple.left, dim=(1, 2)) if rule.view.joint else triple.sigma
+    top = weighed.argmax().reshape(1)
+    rank = (lengths.square().sum() if rule.view.joint else lengths.square().index_select(0, top)[0]).to(sigma.dtype)
+    nan = torch.full_like(sigma, float("nan"))
+    gap = nan
+    if triple.right is not None:
+        residual = multiply(matrices, triple.right) - triple.sigma[:, None, None] * triple.left
+        gap = torch.linalg.vector_norm(residual, dim=(1, 2)).index_select(0, top)[0].to(sigma.dtype) / unit
+    return {"norm": torch.where(torch.isfinite(rank), sigma, nan), "gap": gap, "stable_rank": rank}

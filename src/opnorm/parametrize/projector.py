@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from opnorm.errors import ArgumentError
+from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
+from opnorm.parametrize import on_device
 from opnorm.parametrize.chains import rule_of
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import divisor
@@ -32,7 +33,8 @@ class Projector:
         skip: names of modules to leave out, with `*` for anything.
 
     Raises:
-        ArgumentError: if there is nothing to project, or a weight is normalised by opnorm already.
+        ArgumentError: if there is nothing to project, a weight is normalised by opnorm already, or a name or an option
+            fits nothing.
         InputShapeError: if a layer's norm depends on an input size that is not given.
 
     Example:
@@ -74,17 +76,20 @@ class Projector:
             The estimated norm that each weight had before, by name.
 
         Raises:
-            WeightError: if a weight holds NaN or infinite values.
+            WeightError: if a weight holds NaN or infinite values; then none was divided.
         """
-        before: dict[str, float] = {}
-        for label, (module, name, rule) in self._tracked.items():
-            weight = getattr(module, name)
-            triple = rule.triple(weight)
-            before[label] = float(triple.sigma.max())
+        weights = {label: getattr(module, name) for label, (module, name, _) in self._tracked.items()}
+        triples = {label: rule.triple(weights[label]) for label, (*_, rule) in self._tracked.items()}
+        finite = on_device.read({label: torch.isfinite(weight).all() for label, weight in weights.items()})
+        broken = [label for label, good in finite.items() if not good]
+        if broken:
+            raise WeightError(f"{', '.join(broken)} holds NaN or infinite values; no weight was divided in this step")
+        for label, (*_, rule) in self._tracked.items():
+            weight, triple = weights[label], triples[label]
             if proved:
                 weight.copy_(deploy(rule.view, weight, rule.lipschitz, rule.mode, label))
                 continue
             divided = divisor(triple.sigma, rule.lipschitz, rule.mode == "clip").to(weight.dtype)
             matrices = rule.view.matrices(weight)
             weight.copy_(rule.view.weight(matrices / divided[:, None, None], weight.shape))
-        return before
+        return on_device.read({label: triple.sigma.max() for label, triple in triples.items()})

@@ -1,20 +1,19 @@
 """`spectral_norm` and its removal: torch's call, the true operator's norm."""
 
-import math
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
-from opnorm.errors import ArgumentError, WeightError
+from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, rule_of
-from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
-from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards, local
+from opnorm.parametrize.checks import Asked, checked_view
+from opnorm.parametrize.families import Norm, Shape, weights_of
+from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.states import adopt_state
 
@@ -77,23 +76,25 @@ def spectral_norm(
         found = weights_of(module)
         if not found:
             raise ArgumentError(
-                f"{type(module).__name__} has no weight that opnorm knows; pass name=... and norm='reshaped'"
+                f"{type(module).__name__} has no weight that opnorm knows; opnorm.normalize(model) takes the layers of "
+                "a model, and name=... with norm='reshaped' any weight of at least two axes"
             )
+        asked = Asked(n_power_iterations, dim, lipschitz, mode, norm, learn_scale)
+        for owner, weight_name in found:  # so that a refusal leaves the layer as it was
+            checked_view(owner, weight_name, asked if owner is module else replace(asked, dim=None), input_shape)
         for owner, weight_name in found:
             spectral_norm(
                 owner, weight_name, n_power_iterations, eps, dim if owner is module else None, lipschitz=lipschitz,
                 mode=mode, norm=norm, input_shape=input_shape, learn_scale=learn_scale,
             )  # fmt: skip
         return module
+    asked = Asked(n_power_iterations, dim, lipschitz, mode, norm, learn_scale)
+    view = checked_view(module, name, asked, input_shape)
     label = f"{type(module).__name__}.{name}"
-    _check(module, name, n_power_iterations, lipschitz, mode=mode, norm=norm, learn_scale=learn_scale)
-    view = view_of(module, name, norm, dim, input_shape)
     raw: Tensor = getattr(module, name)
     rule = SpectralNormalization(
         view, float(lipschitz), mode, n_power_iterations, label, learn_scale=learn_scale, norm=norm
     ).to(raw.device)
-    if raw.device.type != "meta" and not bool(torch.isfinite(local(raw)).all()):
-        raise WeightError(f"{label} holds NaN or infinite values; repair it before normalising it")
     rule.order = tuple(module._parameters)
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
@@ -179,35 +180,3 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
         module.register_buffer(name, raw)
     if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
         module._init_flat_weights()  # it keeps a list of its weights
-
-
-def _check(
-    module: nn.Module, name: str, iterations: Iterations, lipschitz: float, *, mode: str, norm: str, learn_scale: bool
-) -> None:
-    label = f"{type(module).__name__}.{name}"
-    if not (math.isfinite(lipschitz) and lipschitz > 0):
-        raise ArgumentError(f"lipschitz={lipschitz!r}: it is a positive number")
-    if mode not in {"divide", "clip"}:
-        raise ArgumentError(f"mode={mode!r}: it is 'divide' or 'clip'")
-    if norm not in {"operator", "reshaped"}:
-        raise ArgumentError(f"norm={norm!r}: it is 'operator', or 'reshaped' for torch's convention")
-    if iterations != "adaptive" and not iterations >= 1:
-        raise ArgumentError(f"n_power_iterations={iterations!r}: it is a positive integer, or 'adaptive'")
-    if learn_scale and mode == "clip":
-        raise ArgumentError("learn_scale=True needs mode='divide': a clipped weight may be smaller than any scale")
-    if rule_of(module, name) is not None:
-        raise ArgumentError(
-            f"{label} is already normalised by opnorm; call opnorm.remove_spectral_norm first to change it"
-        )
-    if uses_torch(module, name):
-        raise ArgumentError(
-            f"{label} is normalised by torch's spectral_norm; opnorm.convert(model) turns it into opnorm's"
-        )
-
-
-def uses_torch(module: nn.Module, name: str) -> bool:
-    """Whether one of torch's two functions normalises this weight."""
-    if any(isinstance(hook, SpectralNorm) and hook.name == name for hook in module._forward_pre_hooks.values()):
-        return True
-    chain = chain_of(module, name) if parametrize.is_parametrized(module, name) else ()
-    return any(isinstance(rule, _SpectralNorm) for rule in chain)

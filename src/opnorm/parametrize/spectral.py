@@ -1,7 +1,6 @@
 """The parametrization `W -> K W / sigma(W)`: an estimate of the true norm in training, a proved one in evaluation."""
 
 import json
-import warnings
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -11,7 +10,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
-from opnorm.parametrize import blocks, compiled, convolved, frequencies, sampled, sharding, values
+from opnorm.parametrize import blocks, compiled, convolved, frequencies, on_device, sampled, sharding, values
 from opnorm.parametrize.blocks import Block, Triple
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import Divide, ScaledLinear, composed
@@ -163,11 +162,7 @@ class SpectralNormalization(nn.Module):
             return False
         if not isinstance(x, Tensor) or x.dtype != raw.dtype or raw.dtype != values.compute_dtype(raw):
             return False
-        return not (
-            raw.is_complex()
-            or torch.is_autocast_enabled(raw.device.type)
-            or torch._C._are_functorch_transforms_active()
-        )
+        return not (raw.is_complex() or on_device.autocasting(raw) or torch._C._are_functorch_transforms_active())
 
     @property
     def _divided_to(self) -> float:
@@ -231,14 +226,23 @@ class SpectralNormalization(nn.Module):
         if self._triple is not None and not sharding.agreed(weight, not unchanged):
             return self._triple
         dtype = values.compute_dtype(weight)
-        lost = self._triple is None or self._key is None or values.far(self._key, key)
+        before = self._triple
+        elsewhere = before is not None and before.sigma.device != weight.device
+        lost = before is None or self._key is None or elsewhere or values.far(self._key, key)
         afresh = sharding.agreed(weight, lost)
+        broken = False
         try:
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
+            with torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
                 raw = weight.detach().to(dtype)
                 self._age = 0 if afresh else self._age
-                block, triple = self._converged(raw) if afresh else self._advanced(raw, dtype)
-                broken = not bool(torch.isfinite(triple.sigma).all())
+                block, found = self._converged(raw) if afresh else self._advanced(raw, dtype)
+                triple = self._joined(found)
+                if afresh or before is None or not on_device.host_waits(raw):
+                    broken = not bool(torch.isfinite(triple.sigma).all())
+                else:
+                    finite = torch.isfinite(triple.sigma).all()
+                    block = on_device.chosen(finite, block, self._block(dtype))
+                    triple = on_device.chosen(finite, triple, before)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             broken = True
         if broken:
@@ -247,7 +251,7 @@ class SpectralNormalization(nn.Module):
                 raise WeightError(f"{self.label} holds NaN or infinite values, so it has no norm to divide by")
             return self._triple
         self._store(block)
-        self._key, self._triple = key, self._joined(triple)
+        self._key, self._triple = key, triple
         return self._triple
 
     def _converged(self, raw: Tensor) -> tuple[Block, Triple]:
@@ -263,12 +267,14 @@ class SpectralNormalization(nn.Module):
     def _advanced(self, raw: Tensor, dtype: torch.dtype) -> tuple[Block, Triple]:
         block = self._block(dtype)
         if self.iterations == "adaptive":
+            # Whether it has settled is a decision of the host.
+            least = ADAPTIVE_MOST if on_device.host_waits(raw) else ADAPTIVE_LEAST
             return blocks.iterate(
                 lambda block: self._step(raw, block),
                 block,
                 tolerance=ADAPTIVE_TOLERANCE,
                 most=ADAPTIVE_MOST,
-                least=ADAPTIVE_LEAST,
+                least=least,
             )
         self._age += 1
         # A count on the host, which no graph sees: nothing waits for it, and nothing compiles anew.
@@ -329,7 +335,7 @@ class SpectralNormalization(nn.Module):
             if not sharding.agreed(weight, not same):
                 self._stored, self._verify = (key, *self._stored[1:]), False
                 return self._stored[3]
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _no_transforms():
+        with torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
             whole = deploy(self.view, sharding.gathered(weight), lipschitz, self.mode, self.label)
             result = sharding.as_before(whole, weight)
         self._stored, self._verify = (key, values.fingerprint(weight), lipschitz, result), False
@@ -353,18 +359,20 @@ class SpectralNormalization(nn.Module):
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Say so where a checkpoint was trained under another K, mode or norm; the layer keeps its own."""
+        """Compare in full at the next use; `adopt_state` says where a checkpoint was normalised otherwise."""
+        self.renew()
+
+    def differing(self, state: Tensor) -> str:
+        """In what K, mode and norm of a checkpoint differ from the layer's, which keeps its own; "" for nothing."""
         there = json.loads(bytes(state.tolist()).decode()) if state.numel() else {}
         here = {"lipschitz": self.lipschitz, "mode": self.mode, "norm": self.norm}
-        differing = [
+        return ", ".join(
             f"{name} {there[name]!r} (here {here[name]!r})"
             for name in here
             if there.get(name, here[name]) != here[name]
-        ]
-        if differing:
-            warnings.warn(f"{self.label}: the checkpoint was normalised with {', '.join(differing)}", stacklevel=2)
-        self.renew()
+        )
 
     def extra_repr(self) -> str:
         """What is divided, and how."""
-        return f"lipschitz={self.lipschitz:g}, mode={self.mode}, norm={self.norm}, n_power_iterations={self.iterations}"
+        text = f"lipschitz={self.lipschitz:g}, mode={self.mode}, norm={self.norm}, n_power_iterations={self.iterations}"
+        return text if self.scale is None else f"{text}, learn_scale=True"

@@ -1,5 +1,6 @@
 """State dicts of torch's two functions, of plain layers and of older states, read into a normalised layer."""
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ def adopt_state(
     if rule is None:
         return
     empty = rule.get_extra_state()[:0]
-    state.setdefault(f"{own}_extra_state", empty)
+    differing = rule.differing(state.setdefault(f"{own}_extra_state", empty))
+    if differing:
+        warnings.warn(f"{prefix}{name}: the checkpoint was normalised with {differing}", stacklevel=2)
     if rule.scale is not None:
         state.setdefault(f"{own}scale", rule.scale.detach().clone())

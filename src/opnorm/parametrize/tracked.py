@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
+from opnorm.parametrize.checks import Asked, check_options, located
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 
@@ -27,27 +28,35 @@ def track(
     """Return every linear weight of a model by name, with a tracker that is not attached to it.
 
     Raises:
-        ArgumentError: if there is none, or `input_shapes` names a module that is not there.
+        ArgumentError: if there is none, if `input_shapes` or `skip` names a module that is not there, or if an option
+            has no such value.
     """
+    check_options(Asked(iterations, None, lipschitz, mode, norm))
     shapes, left_out = dict(input_shapes or {}), list(skip)
+    unused = set(left_out)
     found: Tracked = {}
     held: set[tuple[int, str]] = set()
     for path, module in model.named_modules():
         shape = shapes.pop(path, None)
-        if any(fnmatch(path, pattern) or fnmatch(path, f"{pattern}.*") for pattern in left_out):
+        matching = [pattern for pattern in left_out if fnmatch(path, pattern) or fnmatch(path, f"{pattern}.*")]
+        unused -= set(matching)
+        if matching:
             continue
         for owner, name in weights_of(module):
             if (id(owner), name) in held:
                 continue
             held.add((id(owner), name))
             where = path if owner is module else f"{path}.out_proj".lstrip(".")
-            view = view_of(owner, name, norm, None, shape)
+            with located(path, sizes=f"as input_shapes={{{path!r}: ...}}"):
+                view = view_of(owner, name, norm, None, shape)
             rule = SpectralNormalization(
                 view, lipschitz, mode, iterations, f"{where}.{name}", learn_scale=False, norm=norm
             )
             found[f"{where}.{name}".lstrip(".")] = (owner, name, rule)
     if shapes:
         raise ArgumentError(f"input_shapes names {sorted(shapes)}, which are no modules of the model")
+    if unused:
+        raise ArgumentError(f"skip={sorted(unused)} matches nothing; the names are those of model.named_modules()")
     if not found:
         raise ArgumentError(f"this {type(model).__name__} has no linear layer that opnorm knows")
     return found

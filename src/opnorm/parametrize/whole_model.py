@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from fractions import Fraction
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.batchnorm import fold_batch_norms
-from opnorm.parametrize.chains import rule_of
+from opnorm.parametrize.chains import normalised, rule_of
+from opnorm.parametrize.checks import Asked, checked_view, located
 from opnorm.parametrize.covered import undoing
-from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, weights_of
+from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, Shape, weights_of
 from opnorm.parametrize.flow import run_once, sequence
 from opnorm.parametrize.register import spectral_norm
 from opnorm.parametrize.spectral import Iterations
@@ -37,25 +39,28 @@ def normalize(
     """Apply `spectral_norm` to every matrix of every linear layer of a model.
 
     Args:
-        model: changed in place; weights that opnorm normalises already are left as they are.
+        model: changed in place, not at all where a layer is refused; weights that opnorm normalises already are left
+            as they are.
         example_input: one batch, or the tuple of the arguments. With it convolutions are normalised for the input
             sizes that they see in it; without it for every size.
         lipschitz: K of every weight.
-        total: instead of `lipschitz`, the product of all K: each weight gets the n-th root. It is the bound of a
-            chain; branches add, see `opnorm.lipschitz`.
+        total: instead of `lipschitz`, the product of all K: each of the n weights gets the n-th root, of what those
+            that opnorm normalises already leave. It is the bound of a chain; branches add, see `opnorm.lipschitz`.
         skip: names of modules to leave out; `*` stands for anything, and a name stands for all below it.
         mode: "divide" or "clip".
         norm: "operator" or "reshaped".
         n_power_iterations: of each weight's estimate.
         learn_scale: train a scale for each weight.
         fold_batch_norm: first fold every BatchNorm into the layer before it, in its evaluation form; needs
-            `example_input`, on which the model's output is compared before and after.
+            `example_input`, on which the model's output is compared before and after. A warning names each BatchNorm
+            that stays, as no linear layer feeds it alone.
 
     Returns:
         The same model. A warning names the weights whose norm cannot matter, as a normalisation follows.
 
     Raises:
-        ArgumentError: if there is nothing to normalise, a name in `skip` matches nothing, or both K's are given.
+        ArgumentError: if there is nothing to normalise or to fold, a name in `skip` matches nothing, or both K's are
+            given.
         InputShapeError: for a layer whose norm depends on its input's size, where that is not known.
         UnsupportedLayerError: for a linear layer whose `forward` is overridden.
 
@@ -68,24 +73,28 @@ def normalize(
     """
     if total is not None and lipschitz != 1.0:
         raise ArgumentError("give lipschitz (of every weight) or total (their product), not both")
-    if fold_batch_norm:
-        if example_input is None:
-            raise ArgumentError("fold_batch_norm=True needs example_input, which tells the layer before each BatchNorm")
-        fold_batch_norms(model, example_input)
+    if fold_batch_norm and example_input is None:
+        raise ArgumentError("fold_batch_norm=True needs example_input, which tells the layer before each BatchNorm")
     flow = sequence(model) if example_input is None else run_once(model, example_input)
     found = _to_normalise(model, list(skip))
     if not found:
         raise ArgumentError(
             f"this {type(model).__name__} has no linear layer left to normalise; opnorm.coverage says why"
         )
-    if total is not None and not (math.isfinite(total) and total > 0):
-        raise ArgumentError(f"total={total!r}: it is a positive number")
-    each = lipschitz if total is None else total ** (1 / len(found))
+    each = lipschitz if total is None else _root(total, len(found), [rule.lipschitz for *_, rule in normalised(model)])
+    paths = {module: path for path, module in model.named_modules()}
+    asked = Asked(n_power_iterations, None, each, mode, norm, learn_scale)
+    shapes = flow.shapes if norm == "operator" else {}
+    for module, name in found:  # so that a refusal leaves the model as it was
+        with located(paths[module], sizes="or normalize(model, example_input)"):
+            checked_view(module, name, asked, _size(shapes, module))
+    if fold_batch_norm:
+        fold_batch_norms(model, example_input)
+        flow = run_once(model, example_input)
     for module, name in found:
-        sized = isinstance(module, CONVOLUTIONS | TRANSPOSED) and norm == "operator"
         spectral_norm(
             module, name, n_power_iterations, lipschitz=each, mode=mode, norm=norm, learn_scale=learn_scale,
-            input_shape=flow.shapes.get(module) if sized else None,
+            input_shape=_size(shapes, module),
         )  # fmt: skip
     inert = [
         path for path, module in model.named_modules() if any(m is module for m, _ in found) and undoing(module, flow)
@@ -97,6 +106,21 @@ def normalize(
             stacklevel=2,
         )
     return model
+
+
+def _size(shapes: Mapping[nn.Module, Shape | None], module: nn.Module) -> Shape | None:
+    return shapes.get(module) if isinstance(module, CONVOLUTIONS | TRANSPOSED) else None
+
+
+def _root(total: float, count: int, held: list[float]) -> float:
+    """The largest number near the root whose power, times what other weights have already, is at most the total."""
+    if not (math.isfinite(total) and total > 0):
+        raise ArgumentError(f"total={total!r}: it is a positive number")
+    rest = Fraction(total) / math.prod(map(Fraction, held))
+    each: float = float(rest) ** (1 / count)
+    while Fraction(each) ** count > rest:
+        each = math.nextafter(each, 0.0)
+    return each
 
 
 def _to_normalise(model: nn.Module, skip: list[str]) -> list[tuple[nn.Module, str]]:
