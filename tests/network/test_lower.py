@@ -73,3 +73,90 @@ def test_below_the_exact_quotient_of_the_pair_and_close(step: float, offset: flo
         assert Fraction(below) ** 2 <= exact
         if step >= 1e-4 and offset == 0:
             assert below >= float(exact) ** 0.5 * (1 - 1e-7)
+
+
+class Steep(nn.Module):
+    """Slope 1 around the origin, and 100 in the first direction where the first input is above 5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 99 * torch.relu(x - 5) * torch.tensor([1.0, 0.0])
+
+
+def test_the_search_starts_from_the_data_that_is_given() -> None:
+    data = torch.zeros(12, 2)
+    data[9, 0] = 6.0
+    without = opnorm.lipschitz(Steep(), data[:9], method="naive")
+    with_it = opnorm.lipschitz(Steep(), data, method="naive")
+    assert without.lower < 2
+    assert 99 < with_it.lower <= 100
+
+
+def test_a_gradient_ascent_from_the_data_finds_steeper_pairs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3)).double()
+    data = torch.randn(2, 6, dtype=torch.float64) * 3
+    function = Function(export(model, data), (data,))
+    still = attained(function, data, ascent=0)
+    climbed = attained(function, data, ascent=30)
+    assert still is not None and climbed is not None
+    assert climbed.quotient > 1.05 * still.quotient
+
+
+def test_where_all_is_flat_nearby_a_pair_farther_off_is_found() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Hardtanh(), nn.Softshrink(0.9), nn.Linear(3, 2))
+    bound = opnorm.lipschitz(model, torch.zeros(4, 3) + 1e-2, method="naive")
+    assert 0 < bound.lower <= bound.upper
+
+
+class NoDerivative(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.test_lower.twice(x)
+
+
+@torch.library.custom_op("test_lower::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@register_rule("test_lower.twice.default")
+def twice_rule(node: Node, build: Builder) -> int:
+    return build.opaque(node, (build.source(node.args[0], node),), 2.0, "x is doubled")
+
+
+def test_an_operation_without_a_derivative_still_leaves_a_quotient() -> None:
+    bound = opnorm.lipschitz(NoDerivative(), torch.randn(4, 3), method="naive")
+    assert bound.pair is not None
+    assert bound.lower == pytest.approx(2.0, rel=1e-6) and bound.lower <= 2.0
+
+
+def deep(width: int, layers: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(0)
+    sizes = [6, *[width] * layers]
+    parts = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.BatchNorm1d(b), act())]
+    return nn.Sequential(*parts, nn.Linear(width, 2)).eval()
+
+
+def test_a_deep_network_has_a_proved_quotient_by_the_norms_of_its_layers() -> None:
+    model = deep(64, 14)
+    for part in model:
+        if isinstance(part, nn.Linear):
+            nn.init.kaiming_normal_(part.weight)
+    x = torch.randn(2, 6)
+    graph = export(model, x)
+    function, program = Function(graph, (x,)), program_of(graph)
+    plain = naive(program, graph.weights)
+    pair = attained(function, x.double())
+    assert pair is not None
+    assert settled(function, pair).guarantee == "estimate"  # the errors element by element are larger than the difference
+    wide = settled(function, pair, reach_of(graph, program, plain), plain.total)
+    assert wide.guarantee == "proved"
+    assert wide.quotient > 0.5 * pair.quotient
+    one, two = (exact_value(model, v) for v in (wide.x, wide.y))
+    apart = sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(wide.x.tolist(), wide.y.tolist(), strict=True))
+    moved = sum((a - b) ** 2 for a, b in zip(one, two, strict=True))
+    assert Fraction(wide.quotient) ** 2 * apart <= moved * (1 + Fraction(1, 2**60))
