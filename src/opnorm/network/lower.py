@@ -184,7 +184,8 @@ def _measured(function: Function, x: Tensor, direction: Tensor, clip: Clip, dead
         for step in (1e-4, 1e-3, 1e-5, -1e-4, *_FAR):
             if best is not None and (step in _FAR or time.monotonic() > deadline):
                 break
-            y = clip(x + step * size * direction)
+            wide = size.clamp_min(x.shape[1] ** 0.5) if step in _FAR else size
+            y = clip(x + step * wide * direction)
             quotient = _norms(function(y) - base) / _norms(y - x)
             row = int(quotient.nan_to_num(-1).argmax())
             value = float(quotient[row]) * (1 - CAUTION)

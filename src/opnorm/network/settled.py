@@ -55,11 +55,11 @@ def _moved(function: Function, x: Tensor, y: Tensor) -> float:
 
 
 def _careful(function: Function, pair: Pair) -> Pair:
-    """The measured quotient, less twice what a small shift of both inputs does to it: rounding, if it is large."""
+    """The measured quotient, less twice what it changes by where both inputs move about as far as they are apart."""
     generator = torch.Generator().manual_seed(1)
     gap = pair.y - pair.x
     shift = torch.randn(gap.shape, generator=generator, dtype=gap.dtype)
-    shift *= _SHIFT * gap.norm() / shift.norm()
+    shift *= min(float(gap.norm()), _SHIFT * max(1.0, float(pair.x.norm()))) / shift.norm()
     first, second = function(torch.stack([pair.x, pair.y]))
     third, fourth = function(torch.stack([pair.x + shift, pair.y + shift]))
     noise = torch.linalg.vector_norm((second - first) - (fourth - third))
