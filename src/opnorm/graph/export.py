@@ -29,11 +29,13 @@ def export(model: nn.Module, example_input: Example) -> Graph:
             Integer inputs (class labels) are not varied.
 
     Raises:
-        ArgumentError: if the input is no batch of finite floats, or a layer is in training mode.
+        ArgumentError: if the input is no batch of finite floats, the model does not take it, or a layer is in training
+            mode.
         UnsupportedLayerError: if the model cannot be exported, or an operation mixes the samples of a batch.
     """
     _refuse_training(model)
     batches = two_samples(example_input)
+    _require_fitting(model, batches)
     program = _exported(model, batches)
     return _Reader(program, batches).graph()
 
@@ -58,6 +60,8 @@ def two_samples(example_input: Example) -> tuple[Tensor, ...]:
     inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
     batches = []
     for number, batch in enumerate(inputs):
+        if not isinstance(batch, Tensor):
+            raise ArgumentError(f"input {number} is of the type {type(batch).__name__}; it must be a tensor")
         if batch.dim() < 1 or batch.shape[0] == 0:
             raise ArgumentError(f"input {number} must be a tensor with a batch as its first axis")
         if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
@@ -65,6 +69,25 @@ def two_samples(example_input: Example) -> tuple[Tensor, ...]:
         rows = batch.detach()[:2]
         batches.append(rows.repeat(2, *([1] * (batch.dim() - 1))).contiguous() if len(rows) == 1 else rows.contiguous())
     return tuple(batches)
+
+
+def _require_fitting(model: nn.Module, batches: tuple[Tensor, ...]) -> None:
+    """Refuse an input that the model itself refuses: the exporter would blame the model for it.
+
+    Raises:
+        ArgumentError: with the shapes and dtypes, and the model's own words.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model's own: they are no reason to refuse the input
+            model(*(b.clone() for b in batches))  # of its own, as a forward may write into it
+    except Exception as problem:  # whatever a forward may raise
+        given = ", ".join(f"{str(b.dtype).removeprefix('torch.')} {tuple(b.shape[1:])}" for b in batches)
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise ArgumentError(
+            f"{type(model).__name__} does not take the example input: a batch of samples of {given} gives "
+            f'"{reason}". The first axis must be the batch, and shape and dtype those that the model is used with'
+        ) from problem
 
 
 def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.ExportedProgram:

@@ -15,13 +15,15 @@ from opnorm.graph.export import Example, two_samples
 from opnorm.network.calculus import PARTS, Candidate, Progress, calculus_bound
 from opnorm.network.certified import certificate_of, derived_weights
 from opnorm.network.folded import folded, is_parametrized
-from opnorm.network.lower import Function, Pair, attained, settled
+from opnorm.network.lower import Function, Pair, attained
 from opnorm.network.naive import Naive, naive
 from opnorm.network.placed import localised, placed
+from opnorm.network.reach import reach_of
 from opnorm.network.region import Around, Region
 from opnorm.network.result import NetworkBound, NodeBound
 from opnorm.network.rules import program_of
 from opnorm.network.search import METHODS
+from opnorm.network.settled import settled
 
 _DEFAULT_SECONDS, _LONGEST = 30.0, 300.0
 _LOWER_SHARE, _LOWER_SECONDS = 0.25, 10.0
@@ -48,7 +50,7 @@ def lipschitz(
     Args:
         model: in evaluation mode; its weights as they are deployed. A parametrized model is bounded as its folded copy.
         example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
-            its samples. Integer inputs are not varied.
+            its first 16 samples, so give data. Integer inputs are not varied.
         method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
             `sweep`, `afp`, `adam`, `newton`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
@@ -64,7 +66,8 @@ def lipschitz(
         The bounds; printing gives a table.
 
     Raises:
-        ArgumentError: for an unknown method, guarantee or pairs, or a model in training mode.
+        ArgumentError: for an unknown method, guarantee or pairs, a model in training mode, or an input that the model
+            does not take.
         UnsupportedLayerError: naming the first operation without a rule, or one that mixes samples.
         WeightError: naming a weight with NaN or infinite values.
 
@@ -98,19 +101,19 @@ def lipschitz(
     look = min(seconds * _LOWER_SHARE, _LOWER_SECONDS)
     pair = _lower(graph, example_input, where, look)
     seconds -= look
-    target = pair.quotient if pair else 0.0
     tell(2, PARTS, "norms of the steps")
-    calculus = partial(
-        calculus_bound, graph=graph, method=method, guarantee=guarantee, pairs=pairs, target=target, progress=tell
-    )
+    calculus = partial(calculus_bound, graph=graph, method=method, guarantee=guarantee, pairs=pairs, progress=tell)
     if where is None:
         plain = naive(program, graph.weights)
-        best = calculus(program, seconds=seconds, longest=longest, remarks=remarks)
+        pair = _settled(graph, example_input, pair, program=program, plain=plain, remarks=remarks)
+        best = calculus(program, seconds=seconds, longest=longest, target=_quotient(pair), remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
+    pair = _settled(graph, example_input, pair, remarks=remarks)
+    calculus = partial(calculus, seconds=seconds / 2, longest=longest / 2, target=_quotient(pair))
     local = localised(program_of(graph, split=False), graph, example_input, where)
     plain = naive(local, graph.weights)
-    best = calculus(local, seconds=seconds / 2, longest=longest / 2, remarks=remarks)
-    anywhere = calculus(program, seconds=seconds / 2, longest=longest / 2, remarks=[])
+    best = calculus(local, remarks=remarks)
+    anywhere = calculus(program, remarks=[])
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
     return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, on_region=True)
@@ -150,7 +153,9 @@ def _assembled(
         remarks.append(
             f"{len(derived)} tensors that the model computes from its weights are stored in a certificate as they are"
         )
-    lower = pair.quotient if pair is not None else 0.0
+    lower = _quotient(pair)
+    if pair is not None and pair.guarantee == "estimate":
+        lower = min(lower, upper)
     if lower > upper:
         raise AssertionError(f"a pair attains {lower!r}, above the bound {upper!r} ({method}): please report this")
     return NetworkBound(
@@ -198,8 +203,27 @@ def _lower(graph: Graph, example_input: Example, where: Around | None, seconds: 
     count = min(16, *(len(b) for b in floats))
     starts = torch.cat([b[:count].detach().reshape(count, -1).double() for b in floats], 1)
     if where is None:
-        found = attained(function, starts, seconds=seconds)
-    else:
-        inside = torch.cat([where.center[None], where.clip(starts)])
-        found = attained(function, inside, where.clip, seconds=seconds)
-    return None if found is None else settled(function, found)
+        return attained(function, starts, seconds=seconds)
+    return attained(function, torch.cat([where.center[None], where.clip(starts)]), where.clip, seconds=seconds)
+
+
+def _settled(
+    graph: Graph,
+    example_input: Example,
+    pair: Pair | None,
+    *,
+    program: Program | None = None,
+    plain: Naive | None = None,
+    remarks: list[str],
+) -> Pair | None:
+    if pair is None:
+        remarks.append("no lower bound: the model cannot be evaluated in float64, or its result did not change")
+        return None
+    function = Function(graph, two_samples(example_input))
+    if program is None or plain is None:
+        return settled(function, pair)
+    return settled(function, pair, reach_of(graph, program, plain), plain.total)
+
+
+def _quotient(pair: Pair | None) -> float:
+    return 0.0 if pair is None else pair.quotient

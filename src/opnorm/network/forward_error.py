@@ -5,6 +5,7 @@ rounds nothing or once (ReLU, max pooling, moving data, sums, multiples). Others
 function (exp, tanh, erf), have no bound here.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,27 +49,69 @@ class _Unknown(Exception):
     """An operation without an error bound."""
 
 
-def proved_quotient(graph: Graph, batches: tuple[Tensor, ...], distance: float) -> float | None:
+Reach = Callable[[dict[str, float]], float]
+"""From how far the nodes' values are off, each by its own rounding, to how far all outputs together are, above it."""
+
+
+def proved_quotient(
+    graph: Graph, batches: tuple[Tensor, ...], distance: float, reach: Reach | None = None
+) -> float | None:
     """A proved lower bound of `|f(x) - f(y)| / |x - y|` for the two samples of a batch; None where there is no bound.
 
     Args:
         graph: with weights in float64.
         batches: the inputs, two samples each.
         distance: an upper bound of `|x - y|`.
+        reach: what carries errors on where their bounds element by element exceed the difference. These grow with the
+            norms of the weights' absolute values, and those of a network's `reach` with the weights' norms.
     """
     try:
         values, errors = _evaluated(graph, batches)
+        found = _quotient(graph, values, distance, _size_of(graph, errors))
+        if found == 0.0 and reach is not None:
+            values, own = _evaluated(graph, batches, carried=False)
+            found = _quotient(graph, values, distance, _reached(graph, values, own, reach))
     except _Unknown:
         return None
-    squared, doubt = 0.0, 0.0
+    return found
+
+
+def evaluation_error(graph: Graph, batches: tuple[Tensor, ...], reach: Reach) -> float | None:
+    """An upper bound of how far the two samples' outputs together are from the exact ones; None where there is none."""
+    try:
+        return _reached(graph, *_evaluated(graph, batches, carried=False), reach)
+    except _Unknown:
+        return None
+
+
+def _quotient(graph: Graph, values: Pairs, distance: float, doubt: float) -> float:
+    """The computed quotient less what the errors of both results, `doubt` together, can change."""
+    squared, sizes, count = 0.0, 0.0, 0
     for name in graph.outputs:
         first, second = graph[name].samples(values[name])
-        wide = graph[name].samples(errors[name]).sum(0) + 2 * rounding.U * (first.abs() + second.abs())
         squared += float((first - second).square().sum())
-        doubt += float(wide.square().sum())
-    size = sum(graph[name].samples(values[name])[0].numel() for name in graph.outputs)
-    least = squared**0.5 * (1 - rounding.gamma(size + 16)) - doubt**0.5 * _SLACK - _UNDERFLOW
+        sizes += float((first.abs() + second.abs()).square().sum())
+        count += first.numel()
+    lost = (doubt + 2 * rounding.U * sizes**0.5) * _SLACK
+    least = squared**0.5 * (1 - rounding.gamma(count + 16)) - lost - _UNDERFLOW
+    # A doubt that is no number proves nothing.
     return max(0.0, rounding.div_down(least * (1 - 4 * rounding.U), distance)) if least > 0 else 0.0
+
+
+def _size_of(graph: Graph, errors: Pairs) -> float:
+    """The norm of the errors of both samples' outputs, added up element by element."""
+    return math.sqrt(sum(float(graph[n].samples(errors[n]).sum(0).square().sum()) for n in graph.outputs))
+
+
+def _reached(graph: Graph, values: Pairs, own: Pairs, reach: Reach) -> float:
+    total = 0.0
+    for sample in (0, 1):
+        sizes: dict[str, float] = {}
+        for name, error in own.items():
+            each = graph[name].samples(error.expand(values[name].shape))[sample]
+            sizes[name] = float(each.square().sum()) ** 0.5 * _SLACK + _UNDERFLOW
+        total = rounding.add_up(total, reach(sizes))
+    return total
 
 
 def distance_up(x: Tensor, y: Tensor) -> float:
@@ -76,9 +119,11 @@ def distance_up(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm()) * (1 + rounding.gamma(x.numel() + 16)) + rounding.TINY
 
 
-def _evaluated(graph: Graph, batches: tuple[Tensor, ...]) -> tuple[Pairs, Pairs]:
+def _evaluated(graph: Graph, batches: tuple[Tensor, ...], *, carried: bool = True) -> tuple[Pairs, Pairs]:
+    """The values and their errors; where these are not carried on, those that each node that rounds adds by itself."""
     values: Pairs = {}
     errors: Pairs = {}
+    own: Pairs = {}
     queue = list(batches)
     for node in graph.nodes:
         if node.op == "input":
@@ -90,8 +135,19 @@ def _evaluated(graph: Graph, batches: tuple[Tensor, ...]) -> tuple[Pairs, Pairs]
         # An operation in place would change what the bound is about.
         fresh = [a.clone() if isinstance(a, Tensor) and node.op.split(".")[1:2] == [f"{name}_"] else a for a in args]
         values[node.name] = node.function(*fresh, **kwargs)
-        errors[node.name] = _error(node, name, values, errors, graph)
-    return values, errors
+        error = _error(node, name, values, errors, graph)
+        if not carried:
+            if name in _SUMS or name in _RULES:
+                own[node.name] = error
+            error = _nothing(values[node.name])
+        errors[node.name] = error
+    return values, errors if carried else own
+
+
+def _nothing(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.zeros((), dtype=torch.float64).expand(value.shape)
+    return tuple(map(_nothing, value))
 
 
 def _arguments(node: Node, values: Pairs, graph: Graph) -> tuple[list[Any], dict[str, Any]]:

@@ -12,10 +12,11 @@ from opnorm._enclosure import Guarantee
 from opnorm.errors import OpnormError
 from opnorm.graph import Graph
 from opnorm.graph.batch import evaluate
-from opnorm.network.forward_error import distance_up, proved_quotient
 
-_CAUTION = 1e-7
+CAUTION = 1e-7
 """Relative reduction of a measured quotient: usually far above the rounding of a float64 evaluation of it."""
+
+_FAR = (0.1, -0.1, 1.0, -1.0, 10.0, -10.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +28,8 @@ class Pair:
         y: the other.
         quotient: a lower bound of `|f(x) - f(y)| / |x - y|`.
         guarantee: `proved` where the rounding of the evaluation is bounded operation by operation; `estimate` where the
-            quotient is the one of a float64 evaluation, reduced by 1e-7 of it, because an operation (tanh, say) has
-            only its library's accuracy.
+            quotient is the one of a float64 evaluation, reduced by 1e-7 of it and by what a shift of the pair changes,
+            because an operation (tanh, say) has only its library's accuracy or the bound of the rounding is too large.
     """
 
     x: Tensor
@@ -80,15 +81,6 @@ class Function:
         return tuple(parts)
 
 
-def settled(function: Function, pair: Pair) -> Pair:
-    """The pair with a proved quotient, where the error of its evaluation can be bounded."""
-    with torch.no_grad():
-        quotient = proved_quotient(
-            function.graph, function.inputs(torch.stack([pair.x, pair.y])), distance_up(pair.x, pair.y)
-        )
-    return pair if quotient is None else Pair(pair.x, pair.y, quotient, "proved")
-
-
 def attained(
     function: Function,
     starts: Tensor,
@@ -98,7 +90,9 @@ def attained(
     *,
     seconds: float = math.inf,
 ) -> Pair | None:
-    """The best pair that was found from the rows of `starts`, shape (k, n); None where evaluation fails.
+    """The best pair that was found from the rows of `starts`, shape (k, n).
+
+    None where evaluation in float64 fails, or no two inputs that were tried differ in their results.
 
     Args:
         function: the network.
@@ -123,10 +117,19 @@ def attained(
                     x, direction = _climbed(function, x, direction, clip, ascent, deadline=deadline)
                 direction = _top_direction(function, x, direction, power, deadline)
                 best = _better(best, _measured(function, x, direction, clip, deadline))
-    except (RuntimeError, OpnormError):
-        # An operation without float64 or without a derivative: no pair, no claim.
-        return best
+    except (RuntimeError, OpnormError):  # an operation without a derivative or without float64
+        return best or _undirected(function, starts, clip, deadline)
     return best
+
+
+def _undirected(function: Function, starts: Tensor, clip: Clip, deadline: float) -> Pair | None:
+    """A pair of neighbours in any direction, for a network that has no derivative."""
+    x = clip(starts[:2] if len(starts) > 1 else starts.repeat(2, 1))
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        return _measured(function, x, direction / _norms(direction), clip, deadline)
+    except (RuntimeError, OpnormError):
+        return None
 
 
 def _top_direction(function: Function, x: Tensor, direction: Tensor, steps: int, deadline: float) -> Tensor:
@@ -170,18 +173,22 @@ def _climbed(
 
 
 def _measured(function: Function, x: Tensor, direction: Tensor, clip: Clip, deadline: float) -> Pair | None:
-    """The best quotient along a direction over a few distances, or over the first ones until the deadline."""
+    """The best quotient along a direction over a few distances, or over the first ones until the deadline.
+
+    Where nothing changes nearby (every ReLU is off, say), from farther off.
+    """
     best: Pair | None = None
     size = x.norm(dim=1, keepdim=True).clamp_min(1e-3)
     with torch.no_grad():
         base = function(x)
-        for step in (1e-4, 1e-3, 1e-5, -1e-4):
-            if best is not None and time.monotonic() > deadline:
+        for step in (1e-4, 1e-3, 1e-5, -1e-4, *_FAR):
+            if best is not None and (step in _FAR or time.monotonic() > deadline):
                 break
-            y = clip(x + step * size * direction)
+            wide = size.clamp_min(x.shape[1] ** 0.5) if step in _FAR else size
+            y = clip(x + step * wide * direction)
             quotient = _norms(function(y) - base) / _norms(y - x)
             row = int(quotient.nan_to_num(-1).argmax())
-            value = float(quotient[row]) * (1 - _CAUTION)
+            value = float(quotient[row]) * (1 - CAUTION)
             if value > 0 and torch.isfinite(quotient[row]).all():
                 best = _better(best, Pair(x[row].clone(), y[row].clone(), value))
     return best

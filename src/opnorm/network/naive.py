@@ -1,6 +1,7 @@
 """Tier 0: compositions multiply, sums add, concatenation is the root of the sum of squares."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,11 +38,13 @@ class Naive:
         constants: of each step on its own: how much it can stretch what it reads.
         bounds: of each step as a function of the network's inputs.
         total: of the outputs together.
+        fused: of steps that are better taken together with the one that they read: what both can stretch.
     """
 
     constants: tuple[float, ...]
     bounds: tuple[float, ...]
     total: float
+    fused: dict[int, float]
 
 
 def naive(program: Program, weights: Weights) -> Naive:
@@ -54,23 +57,39 @@ def naive(program: Program, weights: Weights) -> Naive:
     readers = program.readers()
     known: dict[tuple[LinearMap, ...], float] = {}
     constants: list[float] = []
-    bounds: list[float] = []
+    fused: dict[int, float] = {}
     for position, step in enumerate(program.steps):
-        sources = [bounds[i] for i in step.sources]
+        constants.append(_once(known, (step.map,), weights) if isinstance(step, Linear) else _own_constant(step))
         before = program.steps[step.sources[0]] if len(step.sources) == 1 else None
         alone = before is not None and readers[step.sources[0]] == [position] and step.sources[0] not in program.outputs
-        if isinstance(step, Linear):
-            constant = _once(known, (step.map,), weights)
-            bound = rounding.mul_up(constant, sources[0])
-            if alone and isinstance(before, Linear) and _fusible(before.map, step.map):
-                fused = _once(known, (before.map, step.map), weights)
-                bound = min(bound, rounding.mul_up(fused, bounds[before.sources[0]]))
-        else:
-            constant = _own_constant(step)
-            bound = _combined(step, constant, sources)
-        constants.append(constant)
-        bounds.append(bound)
-    return Naive(tuple(constants), tuple(bounds), _root_of_squares([bounds[i] for i in program.outputs]))
+        if alone and isinstance(step, Linear) and isinstance(before, Linear) and _fusible(before.map, step.map):
+            fused[position] = _once(known, (before.map, step.map), weights)
+    bounds = composed(program, constants, fused)
+    return Naive(tuple(constants), tuple(bounds), root_of_squares([bounds[i] for i in program.outputs]), fused)
+
+
+def composed(
+    program: Program, constants: Sequence[float], fused: Mapping[int, float], added: Mapping[int, float] | None = None
+) -> list[float]:
+    """How far each step can move, by the naive rules.
+
+    Args:
+        program: what the network computes.
+        constants: of each step on its own.
+        fused: of steps with the one that they read.
+        added: how far steps move by themselves where the inputs do not: errors of a computation, say. Without it the
+            inputs move by 1, and the results are Lipschitz constants.
+    """
+    bounds: list[float] = []
+    for position, step in enumerate(program.steps):
+        bound = _combined(step, constants[position], [bounds[i] for i in step.sources], 1.0 if added is None else 0.0)
+        if position in fused:
+            (middle,) = step.sources
+            own = rounding.mul_up(constants[position], added.get(middle, 0.0)) if added else 0.0
+            start = bounds[program.steps[middle].sources[0]]
+            bound = min(bound, rounding.add_up(rounding.mul_up(fused[position], start), own))
+        bounds.append(rounding.add_up(bound, added.get(position, 0.0)) if added else bound)
+    return bounds
 
 
 def _own_constant(step: Step) -> float:
@@ -84,18 +103,19 @@ def _own_constant(step: Step) -> float:
     return 1.0
 
 
-def _combined(step: Step, constant: float, sources: list[float]) -> float:
+def _combined(step: Step, constant: float, sources: list[float], start: float) -> float:
     if isinstance(step, Input):
-        return 1.0
+        return start
     if isinstance(step, Sum):
         terms = (rounding.mul_up(abs(c), k) for c, k in zip(step.coefficients, sources, strict=True))
         return rounding.add_up(*terms)
     if isinstance(step, Concat):
-        return _root_of_squares(sources)
-    return rounding.mul_up(constant, _root_of_squares(sources))
+        return root_of_squares(sources)
+    return rounding.mul_up(constant, root_of_squares(sources))
 
 
-def _root_of_squares(values: list[float]) -> float:
+def root_of_squares(values: Sequence[float]) -> float:
+    """Rounded upward."""
     if len(values) == 1:
         return values[0]
     if any(math.isinf(v) for v in values):

@@ -36,7 +36,7 @@ def table_of(bound: "NetworkBound") -> str:
     lines.append(f"{number(bound.lower, down=True)} <= Lipschitz constant <= {number(bound.upper)}")
     lines.append(f"({bound.guarantee}, {bound.method}; the product of the steps is {number(bound.product)})")
     if bound.pair is not None and bound.pair.guarantee == "estimate":
-        lines.append("(the lower end is an estimate: a library's function is evaluated on the way)")
+        lines.append("(the lower end is an estimate: the rounding of its evaluation has no bound or a large one)")
     lines += [f"note: {remark}" for remark in bound.remarks]
     return "\n".join(lines)
 
