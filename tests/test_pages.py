@@ -1,0 +1,47 @@
+"""The Python of the README and of the guides runs as it stands, page by page, each block after those before it."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [
+    path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if BLOCK.search(path.read_text())
+]
+
+READER_HAS = """
+import opnorm, torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+torch.manual_seed(0)
+model = nn.Sequential()
+model.add_module("body", nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten()))
+model.add_module("head", nn.Linear(144, 10))
+model.eval()
+x = example_input = torch.randn(16, 1, 8, 8)
+y = torch.arange(16) % 10
+optimizer = torch.optim.Adam(model.parameters())
+save_file(model.state_dict(), "model.safetensors")
+"""
+"""What a guide takes for granted, so that its blocks are as short as a reader's own lines."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    if page.parent.name == "guides":
+        exec(READER_HAS, names)
+        if page.stem == "migration":
+            exec("nn.utils.parametrizations.spectral_norm(model.head)", names)
+    for block in BLOCK.findall(page.read_text()):
+        if block.startswith(">>>"):
+            lines = doctest.DocTestParser().get_doctest(block, names, page.name, str(page), 0)
+            assert doctest.DocTestRunner(verbose=False).run(lines).failed == 0
+        else:
+            exec(compile(block, page.name, "exec"), names)
