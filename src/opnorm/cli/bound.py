@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 EXIT_VIOLATED = 1
 FIELDS = ("upper", "lower", "product", "gap")
-METHODS = ("auto", "naive", "dense", "fourier", "fast", "sweep", "afp", "adam", "newton")
+METHODS = ("auto", "naive", "rescaled", "dense", "fourier", "fast", "sweep", "afp", "adam", "newton")
 
 
 @click.command()

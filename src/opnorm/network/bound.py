@@ -1,6 +1,7 @@
 """`opnorm.lipschitz`: the Lipschitz constant of a network, bounded from both sides."""
 
 import math
+import time
 from functools import partial
 from typing import Literal
 
@@ -20,6 +21,7 @@ from opnorm.network.naive import Naive, naive
 from opnorm.network.placed import localised, placed
 from opnorm.network.reach import reach_of
 from opnorm.network.region import Around, Region
+from opnorm.network.rescaling import rescaled_bound
 from opnorm.network.result import NetworkBound, NodeBound
 from opnorm.network.rules import program_of
 from opnorm.network.search import METHODS
@@ -31,7 +33,7 @@ _FOLDED = (
     "bounded as it is deployed: parametrized weights (spectral normalisation, say) with their values in evaluation "
     "mode, in the certificate under their plain names"
 )
-_METHODS = ("auto", "naive", "dense", "fourier", *METHODS)
+_METHODS = ("auto", "naive", "rescaled", "dense", "fourier", *METHODS)
 
 
 def lipschitz(
@@ -51,8 +53,8 @@ def lipschitz(
         model: in evaluation mode; its weights as they are deployed. A parametrized model is bounded as its folded copy.
         example_input: a batch, or a tuple of batches where the model has several inputs; the lower bound starts from
             its first 16 samples, so give data. Integer inputs are not varied.
-        method: `auto`; `naive`; `dense` or `fourier`, a form of the calculus; or the last search to try: `fast`,
-            `sweep`, `afp`, `adam`, `newton`.
+        method: `auto`; `naive`; `rescaled`, the naive rules with each channel in units of its own; `dense` or
+            `fourier`, a form of the calculus; or the last search to try: `fast`, `sweep`, `afp`, `adam`, `newton`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
         region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
         pairs: how `pairwise` is found: `joint`, from the one covariance that gives `upper`; `each`, from a search for
@@ -104,9 +106,15 @@ def lipschitz(
     tell(2, PARTS, "norms of the steps")
     calculus = partial(calculus_bound, graph=graph, method=method, guarantee=guarantee, pairs=pairs, progress=tell)
     if where is None:
+        begun = time.monotonic()
         plain = naive(program, graph.weights)
+        once = time.monotonic() - begun
         pair = _settled(graph, example_input, pair, program=program, plain=plain, remarks=remarks)
+        begun = time.monotonic()
         best = calculus(program, seconds=seconds, longest=longest, target=_quotient(pair), remarks=remarks)
+        if method == "rescaled" or (method == "auto" and (best is None or best.found.method == METHODS[0])):
+            left = math.inf if method == "rescaled" else seconds - (time.monotonic() - begun)
+            best = rescaled_bound(program, graph, plain, best=best, once=once, seconds=left, remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
     pair = _settled(graph, example_input, pair, remarks=remarks)
     calculus = partial(calculus, seconds=seconds / 2, longest=longest / 2, target=_quotient(pair))
@@ -164,7 +172,7 @@ def _assembled(
         plain.total,
         best.pairwise if best is not None else None,
         nodes,
-        guarantee if method != "naive" else "proved",
+        guarantee if method not in ("naive", "rescaled product") else "proved",
         method,
         pair,
         tuple(remarks),

@@ -27,12 +27,21 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A bound by the calculus, of the network and of each pair of outputs, and the multipliers that give it."""
+    """A bound better than the naive one, of the network and of each pair of outputs, and the multipliers that give it.
+
+    Attributes:
+        upper: of the network.
+        pairwise: of each pair of outputs.
+        found: multipliers; for the rescaled product the units of each step.
+        calculus: which form.
+        constants: for the rescaled product, of each step in its units.
+    """
 
     upper: float
     pairwise: Tensor | None
     found: Found
     calculus: Calculus
+    constants: tuple[float, ...] = ()
 
 
 def calculus_bound(
@@ -49,7 +58,7 @@ def calculus_bound(
     progress: Progress,
 ) -> Candidate | None:
     """The covariance calculus, in the first form that the network fits."""
-    if method == "naive":
+    if method in ("naive", "rescaled"):
         return None
     if any(isinstance(step, Opaque) and math.isinf(step.constant) for step in program.steps):
         remarks.append("an operation is unbounded, so only the naive rules apply")

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from opnorm._enclosure import Guarantee
 from opnorm.certificate.network.composition import composed, stated_norms
-from opnorm.certificate.network.file import NetworkCertificate, digests, read_names
+from opnorm.certificate.network.file import NetworkCertificate, Run, digests, read_names
 from opnorm.certificate.network.program import Program
+from opnorm.certificate.network.rescaled import rescaled
 from opnorm.errors import CertificateError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example
@@ -50,7 +51,15 @@ def certificate_of(
     hashes = digests(whole, graph.weights)
     if best is not None and best.upper <= plain.total * _AS_GOOD:
         multipliers = tuple(s.detach() for s in best.found.multipliers)
+        if best.calculus == "rescaled":
+            framed = rescaled(whole, graph.weights, multipliers)
+            norms = _norms(framed, graph, best.constants)
+            return NetworkCertificate(composed(framed, norms), "rescaled", whole, multipliers, hashes, norms)
         return NetworkCertificate(best.upper, best.calculus, whole, multipliers, hashes)
-    with torch.no_grad():
-        norms = stated_norms(whole, {**graph.weights, **whole.constants}, plain.constants)
+    norms = _norms(whole, graph, plain.constants)
     return NetworkCertificate(composed(whole, norms), "naive", whole, (), hashes, norms)
+
+
+def _norms(program: Program, graph: Graph, hints: tuple[float, ...]) -> dict[Run, float]:
+    with torch.no_grad():
+        return stated_norms(program, {**graph.weights, **program.constants}, hints)

@@ -17,6 +17,7 @@ from opnorm.certificate.network.fourier_chain import fourier_chain
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Elementwise, Program
 from opnorm.certificate.network.proof import prove
+from opnorm.certificate.network.rescaled import rescaled
 from opnorm.certificate.network.stages import Chain, dense_chain, per_element
 from opnorm.certificate.network.wellformed import check_program
 from opnorm.errors import CertificateError, UnsupportedLayerError
@@ -110,6 +111,10 @@ def _proved(certificate: NetworkCertificate, weights: Weights, progress: Progres
             raise CertificateError("the naive rules have no multipliers")
         prove_norms(program, {**weights, **program.constants}, certificate.norms, progress)
         return composed(program, certificate.norms)
+    if certificate.calculus == "rescaled":
+        framed = rescaled(program, weights, certificate.multipliers)
+        prove_norms(framed, {**weights, **framed.constants}, certificate.norms, progress)
+        return composed(framed, certificate.norms)
     if certificate.norms:
         raise CertificateError("the covariance calculus has no norms of steps")
     return prove(chains_of(program, weights, certificate.calculus), certificate.multipliers, 0, progress).upper

@@ -38,11 +38,11 @@ class NetworkCertificate:
 
     Attributes:
         upper: the Lipschitz constant is at most this, for the Euclidean norm of all inputs and of all outputs.
-        calculus: how the program is bounded: `dense` or `fourier`, the covariance calculus, or `naive`.
+        calculus: how the program is bounded: `dense` or `fourier`, the covariance calculus, `naive`, or `rescaled`.
         program: what the network computes, with the constants that are not among its weights.
-        multipliers: one tensor for each non-linear step; none for `naive`.
+        multipliers: one tensor for each non-linear step; for `rescaled` the frame of each step; none for `naive`.
         digests: SHA-256 of each weight that the program reads.
-        norms: for `naive`, the norm of each linear step, and of pairs of them that are better taken together.
+        norms: for `naive` and `rescaled`, the norm of each linear step, and of pairs that are better taken together.
     """
 
     upper: float

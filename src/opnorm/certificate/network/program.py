@@ -12,8 +12,9 @@ from torch import Tensor
 
 from opnorm.certificate.network.maps import LinearMap
 
-Calculus = Literal["dense", "fourier", "naive"]
-"""How a program is bounded: the covariance calculus with one dense block or in Fourier space, or step by step."""
+Calculus = Literal["dense", "fourier", "naive", "rescaled"]
+"""How a program is bounded: the covariance calculus with one dense block or in Fourier space, or step by step, with the
+channels as they are or in other units."""
 
 
 @dataclass(frozen=True)
