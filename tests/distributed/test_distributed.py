@@ -140,6 +140,26 @@ def shard_then_normalise():
     compare(normalised(model), model)
 
 
+def penalised(method, shard_layers):
+    """A penalty that was made before its model was sharded trains as it does in one process."""
+    models = normalised(plain()), normalised(plain())
+    penalties = [opnorm.LipschitzPenalty(model, X, method=method, refresh=2) for model in models]
+    for layer in (models[1][0], models[1][2]) if shard_layers else ():
+        fully_shard(layer)
+    fully_shard(models[1])
+    for model, penalty in zip(models, penalties, strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        for _ in range(3):
+            loss = model(X).square().mean() + 0.3 * penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for expected, found in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(whole(found), expected)
+    with pytest.raises(opnorm.errors.ArgumentError, match="make the penalty first"):
+        opnorm.LipschitzPenalty(models[1], X)
+
+
 def run(rank, world, port):
     warnings.filterwarnings("ignore")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -165,6 +185,8 @@ SCENARIOS = [
     (torch_weights_cannot_be_read_when_sharded, ()),
     (normalise_then_shard, ()),
     (shard_then_normalise, ()),
+    (penalised, ("fast", False)),
+    (penalised, ("afp", True)),
 ]
 
 

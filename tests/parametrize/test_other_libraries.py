@@ -1,6 +1,8 @@
 """Traps of other libraries for Lipschitz layers: opnorm avoids each; theirs is documented where they are installed."""
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +179,23 @@ def test_an_unknown_layer_never_counts_as_one():
         opnorm.lipschitz(model, torch.randn(2, 4))
     with pytest.raises(opnorm.errors.UnsupportedLayerError, match="Doubling"):
         opnorm.norm(copy.deepcopy(model[1]))
+
+
+def test_tied_logits_are_never_certified(monkeypatch):
+    """By the bound of each pair of logits and the formula of the benchmark; there is no public radius yet."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    radii_of = importlib.import_module("certified_accuracy").radii_of
+    torch.manual_seed(0)
+    model = opnorm.normalize(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).eval()
+    model = opnorm.fold(model).double()
+    with torch.no_grad():
+        model[2].weight[1], model[2].bias[1] = model[2].weight[0], model[2].bias[0]
+        x = torch.randn(64, 4, dtype=torch.float64)
+        logits = model(x)
+    pairwise = opnorm.lipschitz(model, x).pairwise
+    assert pairwise is not None and pairwise[0, 2] > 0
+    tied = logits.argmax(1) != 2
+    assert torch.equal(logits[:, 0], logits[:, 1]) and 0 < tied.sum() < 64
+    for label in (0, 1):
+        assert not (radii_of(logits, torch.full((64,), label), pairwise)[tied] > 0).any()
+    assert (radii_of(logits, torch.full((64,), 2), pairwise)[~tied] > 0).all()

@@ -43,7 +43,8 @@ class LipschitzPenalty:
 
     The graph is read once: shapes and structure must not change. Value and gradient are computed together, on the CPU,
     as one opaque operation: `torch.compile(fullgraph=True)` keeps it whole, and second derivatives are not available.
-    Statistics of BatchNorm count as constants. Weights of parametrized layers are read through the parametrization.
+    Statistics of BatchNorm count as constants. Weights of parametrized layers are read through the parametrization. Of
+    a model that is sharded later each call gathers the weights that it reads.
 
     Args:
         model: whose weights are trained; only `folded` copies of it are set to evaluation mode.
@@ -53,7 +54,7 @@ class LipschitzPenalty:
         iterations: of a search.
 
     Raises:
-        ArgumentError: for an unknown method, or where no weight takes part.
+        ArgumentError: for an unknown method, where no weight takes part, or if the model is sharded already.
         UnsupportedLayerError: for an operation without a rule, one that is unbounded, or one whose constant is
             computed from trained weights in a way that cannot be followed.
         TooLargeError: if the calculus does not fit.
@@ -84,6 +85,11 @@ class LipschitzPenalty:
             raise ArgumentError(f"method={method!r}: a penalty is 'fast' or 'afp'")
         if refresh < 1:
             raise ArgumentError(f"refresh={refresh!r}: it is at least 1")
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise ArgumentError(
+                "this model is sharded, and a sharded model has no graph to read: make the penalty first, then call "
+                "fully_shard or parallelize_module; the penalty reads the weights where they are then"
+            )
         graph = _graph_in_evaluation(model, example_input)
         self.program = program_of(graph)
         require_bounded(self.program)
