@@ -160,6 +160,29 @@ def penalised(method, shard_layers):
         opnorm.LipschitzPenalty(models[1], X)
 
 
+def sharded(model):
+    fully_shard(model)
+    return model
+
+
+def parallelised(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def measured_and_projected(spread):
+    """Without and with a parametrization the monitor reads, and the projector divides, as in one process."""
+    for wrap in (lambda model: model, normalised):
+        dense, found = opnorm.Monitor(wrap(plain()))(), opnorm.Monitor(wrap(spread(plain())))()
+        assert {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in dense.items()} == found
+    for proved in (False, True):
+        models = plain(), spread(plain())
+        for model in models:
+            opnorm.Projector(model, 0.3).step_(proved=proved)
+        for expected, found in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(whole(found), expected)
+
+
 def run(rank, world, port):
     warnings.filterwarnings("ignore")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -185,6 +208,8 @@ SCENARIOS = [
     (torch_weights_cannot_be_read_when_sharded, ()),
     (normalise_then_shard, ()),
     (shard_then_normalise, ()),
+    (measured_and_projected, (sharded,)),
+    (measured_and_projected, (parallelised,)),
     (penalised, ("fast", False)),
     (penalised, ("afp", True)),
 ]

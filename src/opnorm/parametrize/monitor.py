@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from opnorm.parametrize import on_device
 from opnorm.parametrize.blocks import multiply
 from opnorm.parametrize.families import Norm, Shape
+from opnorm.parametrize.sharding import gathered
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.tracked import current, track
 
@@ -63,24 +64,25 @@ class Monitor:
         """Return the current figures; NaN for a weight that holds NaN or infinite values."""
         found: dict[str, Tensor] = {}
         for label, (module, name, rule) in self._tracked.items():
-            for figure, value in _figures(rule, current(module, name)).items():
+            for figure, value in _figures(rule, *current(module, name, rule.view.blocks)).items():
                 found[f"{label}/{figure}"] = value
         return on_device.read(found)
 
 
-def _figures(rule: SpectralNormalization, weight: Tensor) -> dict[str, Tensor]:
+def _figures(rule: SpectralNormalization, weight: Tensor, divided: Tensor | None) -> dict[str, Tensor]:
     triple = rule.triple(weight)
     matrices = rule.view.matrices(weight).to(triple.left.dtype)
-    sigma = triple.sigma.max()
-    unit = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-    lengths = torch.linalg.vector_norm(matrices.flatten(1) / unit, dim=1)
+    used = triple.sigma if divided is None else triple.sigma / divided
     # Of blocks with norms of their own the largest counts; where they share one, the vectors are of the largest.
-    weighed = torch.linalg.vector_norm(triple.left, dim=(1, 2)) if rule.view.joint else triple.sigma
+    weighed = torch.linalg.vector_norm(triple.left, dim=(1, 2)) if rule.view.joint else used
     top = weighed.argmax().reshape(1)
+    sigma = triple.sigma.max() if rule.view.joint else triple.sigma.index_select(0, top)[0]
+    unit = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+    lengths = gathered(torch.linalg.vector_norm(matrices.flatten(1), dim=1)) / unit
     rank = (lengths.square().sum() if rule.view.joint else lengths.square().index_select(0, top)[0]).to(sigma.dtype)
     nan = torch.full_like(sigma, float("nan"))
     gap = nan
     if triple.right is not None:
         residual = multiply(matrices, triple.right) - triple.sigma[:, None, None] * triple.left
         gap = torch.linalg.vector_norm(residual, dim=(1, 2)).index_select(0, top)[0].to(sigma.dtype) / unit
-    return {"norm": torch.where(torch.isfinite(rank), sigma, nan), "gap": gap, "stable_rank": rank}
+    return {"norm": torch.where(torch.isfinite(rank), used.max(), nan), "gap": gap, "stable_rank": rank}

@@ -12,6 +12,7 @@ from opnorm.parametrize.chains import rule_of
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import divisor
 from opnorm.parametrize.families import Norm, Shape
+from opnorm.parametrize.sharding import as_before, gathered, is_sharded, replicated
 from opnorm.parametrize.spectral import Iterations
 from opnorm.parametrize.tracked import track
 
@@ -80,16 +81,18 @@ class Projector:
         """
         weights = {label: getattr(module, name) for label, (module, name, _) in self._tracked.items()}
         triples = {label: rule.triple(weights[label]) for label, (*_, rule) in self._tracked.items()}
-        finite = on_device.read({label: torch.isfinite(weight).all() for label, weight in weights.items()})
+        finite = on_device.read({label: gathered(torch.isfinite(w).all()) for label, w in weights.items()})
         broken = [label for label, good in finite.items() if not good]
         if broken:
             raise WeightError(f"{', '.join(broken)} holds NaN or infinite values; no weight was divided in this step")
         for label, (*_, rule) in self._tracked.items():
             weight, triple = weights[label], triples[label]
             if proved:
-                weight.copy_(deploy(rule.view, weight, rule.lipschitz, rule.mode, label))
+                whole = deploy(rule.view, gathered(weight), rule.lipschitz, rule.mode, label)
+                weight.copy_(as_before(whole, weight))
                 continue
             divided = divisor(triple.sigma, rule.lipschitz, rule.mode == "clip").to(weight.dtype)
+            divided = replicated(divided, weight) if is_sharded(weight) else divided
             matrices = rule.view.matrices(weight)
             weight.copy_(rule.view.weight(matrices / divided[:, None, None], weight.shape))
         return on_device.read({label: triple.sigma.max() for label, triple in triples.items()})

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 
-import torch
 from torch import Tensor, nn
 
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
+from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.checks import Asked, check_options, located
+from opnorm.parametrize.division import divisor
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 
@@ -62,8 +63,18 @@ def track(
     return found
 
 
-def current(module: nn.Module, name: str) -> Tensor:
-    """Return a weight as the layer uses it now, detached."""
-    with torch.no_grad():
-        value: Tensor = getattr(module, name)
-        return value.clone() if hasattr(module, "parametrizations") else value.detach()
+def current(module: nn.Module, name: str, blocks: int) -> tuple[Tensor, Tensor | None]:
+    """Return a weight, detached, and by what it is divided before it is used: one number, or one for each block.
+
+    In training a normalised weight is not computed for it, and the layer's next forward uses the estimate that is
+    made here. None stands for a weight that is returned as it is used.
+    """
+    rule = rule_of(module, name)
+    if rule is not None and rule.training and len(chain_of(module, name)) == 1:
+        raw = chain_of(module, name).original.detach()
+        bound = rule.bound()
+        divided = divisor(rule.triple(raw).sigma, rule.lipschitz if bound is None else bound, rule.mode == "clip")
+        if len(divided) in {1, blocks}:
+            return raw, divided
+    value: Tensor = getattr(module, name)
+    return (value.clone() if hasattr(module, "parametrizations") else value.detach()), None
