@@ -58,7 +58,8 @@ class NetworkCertificate:
         found = []
         for step in self.program.steps:
             if isinstance(step, program.Opaque):
-                found.append(f"{step.label}: {step.constant:.6g}-Lipschitz ({step.reason})")
+                apart = ", each channel by itself" if program.keeps_channels(step) else ""
+                found.append(f"{step.label}: {step.constant:.6g}-Lipschitz{apart} ({step.reason})")
             elif isinstance(step, program.Elementwise) and not step.kind:
                 found.append(f"{step.label}: slopes in [{float(step.low.min()):.6g}, {float(step.high.max()):.6g}]")
             elif isinstance(step, program.Linear) and isinstance(step.map, Weighted):

@@ -95,7 +95,8 @@ class Opaque(Step):
     Attributes:
         constant: an upper bound; infinite where there is none.
         reason: why, in one sentence.
-        kind: name of the operation where the constant can be tightened on a region (`normalize`, `attention`, ...).
+        kind: name of the operation where the constant can be tightened on a region (`normalize`, `attention`, ...), or
+            where it holds for each channel by itself (`max_pool`).
         parameters: of the operation.
     """
 
@@ -103,6 +104,11 @@ class Opaque(Step):
     reason: str
     kind: str = ""
     parameters: tuple[float, ...] = ()
+
+
+def keeps_channels(step: Step) -> bool:
+    """Whether a step is opaque, and its constant holds for each channel (the leading axis) by itself."""
+    return isinstance(step, Opaque) and step.kind == "max_pool"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 With a positive frame D for each step, `|D_out A dx| <= |D_out A D_in^-1| |D_in dx|`, so the naive rules bound `|D dz|`
 for every step z from the norms of the rescaled maps. An activation acts on each element alone: |D dv| <= max slope
-|D dy| for the same frame. Frames of inputs and outputs are 1, so what is bounded at the end is the network itself.
+|D dy| for the same frame, and so does max pooling on each channel. Frames of inputs and outputs are 1, so what is
+bounded at the end is the network itself.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,17 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Convolution, Matrix, Scale, Weighted, Weights, stored
-from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
+from opnorm.certificate.network.program import (
+    Concat,
+    Elementwise,
+    Input,
+    Linear,
+    Opaque,
+    Program,
+    Step,
+    Sum,
+    keeps_channels,
+)
 from opnorm.certificate.network.stages import per_element
 from opnorm.errors import CertificateError
 
@@ -75,7 +86,7 @@ def _other(step: Step, before: list[Tensor], frame: Tensor) -> Step:
         return replace(step, coefficients=tuple(parts))
     if isinstance(step, Concat):
         _check_joined(step, before, frame)
-    if isinstance(step, Opaque):
+    if isinstance(step, Opaque) and not (keeps_channels(step) and torch.equal(before[0], frame)):
         stretch = max(rounding.div_up(1.0, float(f.min())) for f in before)
         return replace(step, constant=rounding.mul_up(step.constant, float(frame.max()), stretch))
     return step

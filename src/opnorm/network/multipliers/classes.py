@@ -1,7 +1,7 @@
 """Which steps of a program are to be measured in the same units: the unknowns of the rescaled product."""
 
 from opnorm.certificate.network.maps import Convolution, Gather, LinearMap, Matrix, TransposedConvolution
-from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Sum
+from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Sum, keeps_channels
 
 
 def classes(program: Program) -> list[int | None]:
@@ -24,9 +24,9 @@ def classes(program: Program) -> list[int | None]:
         moved = isinstance(step, Linear) and isinstance(step.map, Gather | TransposedConvolution)
         if moved or isinstance(step, Concat | Input):
             fixed |= {position, *step.sources}
-        elif isinstance(step, Opaque):
+        elif isinstance(step, Opaque) and not keeps_channels(step):
             fixed.add(position)
-        elif isinstance(step, Elementwise | Sum) or (isinstance(step, Linear) and by_channel(step.map)):
+        elif isinstance(step, Elementwise | Sum | Opaque) or (isinstance(step, Linear) and by_channel(step.map)):
             for source in step.sources:
                 first, second = sorted((find(source), find(position)))
                 home[second] = first

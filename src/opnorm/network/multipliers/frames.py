@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opnorm.certificate.network.maps import Convolution, LinearMap, Matrix, Scale, Weights
-from opnorm.certificate.network.program import Linear, Opaque, Program, Sum
+from opnorm.certificate.network.program import Linear, Opaque, Program, Sum, keeps_channels
 from opnorm.network.multipliers.classes import by_channel, classes
 from opnorm.network.multipliers.gains import Factors, Gain, gain_of
 from opnorm.network.naive import Naive
@@ -119,7 +119,7 @@ def _log_bound(program: Program, gains: Gains, plain: Naive, homes: list[int | N
                 logs.append(logs[first] + _other(step.map, before, after, constant))
         elif isinstance(step, Sum):
             logs.append(torch.logsumexp(reads + torch.tensor([_log(abs(c)) for c in step.coefficients]), 0))
-        elif isinstance(step, Opaque):
+        elif isinstance(step, Opaque) and not keeps_channels(step):
             stretched = torch.stack([-units[homes[i]].amin() for i in step.sources])
             logs.append(torch.logsumexp(2 * (reads + stretched), 0) / 2 + constant)
         else:

@@ -124,8 +124,8 @@ def gain_of(first: Matrix | Convolution, scale: Scale | None, weights: Weights) 
 
 def _smooth(values: Tensor) -> Tensor:
     """Above the logarithm of the largest by at most log(count) / sharpness: its gradient counts near ties."""
-    largest: Tensor = torch.logsumexp(_SHARPNESS * values.clamp_min(1e-30).log(), 0) / _SHARPNESS
-    return largest
+    most: Tensor = torch.logsumexp(_SHARPNESS * values.clamp_min(1e-30).log(), 0) / _SHARPNESS
+    return most
 
 
 def _spread(values: Tensor, size: int) -> Tensor:
@@ -138,5 +138,5 @@ def _folded(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    q = torch.linalg.qr(x.flatten(1).mT)[0]
+    q: Tensor = torch.linalg.qr(x.flatten(1).mT)[0]
     return q.mT.reshape(-1, *x.shape[1:])

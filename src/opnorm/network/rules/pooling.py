@@ -109,7 +109,7 @@ def _max_pool(whole: Node, node: Node, build: Builder) -> int:
     dilation = as_tuple(whole.args[4] if len(whole.args) > 4 else 1, dims)
     count, _ = windows(shape, node.sample_shape, kernel, stride, padding=padding, dilation=dilation)
     reason = f"an element is in up to {count} windows" if count > 1 else "max pooling without overlap is 1-Lipschitz"
-    return build.opaque(node, (source,), rounding.sqrt_up(float(count)), reason)
+    return build.opaque(node, (source,), rounding.sqrt_up(float(count)), reason, kind="max_pool")
 
 
 def windows(
@@ -147,7 +147,8 @@ def adaptive_max_pool(whole: Node, node: Node, build: Builder) -> int:
             covered[window * n // m : -(-(window + 1) * n // m)] += 1
         count *= int(covered.max())
     source = build.source(whole.args[0], node)
-    return build.opaque(node, (source,), rounding.sqrt_up(float(count)), f"an element is in up to {count} windows")
+    reason = f"an element is in up to {count} windows"
+    return build.opaque(node, (source,), rounding.sqrt_up(float(count)), reason, kind="max_pool")
 
 
 @part_rule("aten.max.dim", "aten.min.dim")
