@@ -26,6 +26,7 @@ from opnorm.network.covariance import bound_squared
 from opnorm.network.frequencies import affordable, search_by_parts
 from opnorm.network.lockstep import lockstep
 from opnorm.network.lower import Function, attained
+from opnorm.network.multipliers.afp import adjoint_fixed_point
 from opnorm.network.multipliers.fast import closed_form, fast
 from opnorm.network.multipliers.sweep import sweep
 from opnorm.network.naive import naive
@@ -55,12 +56,12 @@ def test_parts_of_the_frequencies_prove_what_all_of_them_prove(net: Net) -> None
     parts = list(torch.arange(count).tensor_split((1, 3)))
     with torch.no_grad():
         whole = fast(chain_of(program, weights, "fourier"))
-        found, bound = lockstep([fourier_walk(program, weights, part=p) for p in parts], closed_form)
-    assert bound == pytest.approx(float(bound_squared(whole)) ** 0.5, rel=1e-9)
-    for one, other in zip(found, whole.multipliers, strict=True):
+        found = lockstep([fourier_walk(program, weights, part=p) for p in parts], closed_form)
+    assert found.squared == pytest.approx(float(bound_squared(whole)), rel=1e-9)
+    for one, other in zip(found.multipliers, whole.multipliers, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=0)
-    together = prove(chain_of(program, weights, "fourier"), found).upper
-    apart = prove((fourier_chain(program, weights, part=p) for p in parts), found)
+    together = prove(chain_of(program, weights, "fourier"), found.multipliers).upper
+    apart = prove((fourier_chain(program, weights, part=p) for p in parts), found.multipliers)
     assert apart.upper == pytest.approx(together, rel=1e-7)
     assert steepest(net) <= apart.upper
 
@@ -85,7 +86,7 @@ DEEP = Net("deep", deep, (3, 10, 10))
 
 def test_the_sweep_by_parts_is_that_of_all_frequencies() -> None:
     program, weights = traced(DEEP)
-    cost = replace(fourier_cost(program), each=2e8)
+    cost = replace(fourier_cost(program), each=2e8, kept=1e12)
     assert len(cost.parts()) > 2
     chain = fourier_chain(program, weights)
     with torch.no_grad():
@@ -98,6 +99,22 @@ def test_the_sweep_by_parts_is_that_of_all_frequencies() -> None:
     assert found.estimate < 0.6 * float(bound_squared(quick)) ** 0.5
     proved = prove((fourier_chain(program, weights, part=p) for p in cost.parts()), found.multipliers).upper
     assert steepest(DEEP) <= proved <= found.estimate * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["leaky resnet", "stride", "avg pool"])
+def test_the_fixed_point_on_parts_is_that_of_all_frequencies(name: str) -> None:
+    net = next(n for n in IMAGES if n.name == name)
+    program, weights = traced(net)
+    cost = replace(fourier_cost(program), each=3e7)
+    assert len(cost.parts(6e7)) > 2
+    chain = fourier_chain(program, weights)
+    with torch.no_grad():
+        whole = adjoint_fixed_point(chain, fast(chain))
+    found = search_by_parts(program, weights, cost, 300.0, "afp")
+    assert found.method == "afp"
+    assert found.estimate == pytest.approx(whole.squared**0.5, rel=1e-6)
+    proved = prove((fourier_chain(program, weights, part=p) for p in cost.parts()), found.multipliers).upper
+    assert steepest(net) <= proved <= found.estimate * (1 + 1e-6)
 
 
 def test_a_shortcut_is_taken_early_and_stages_keep_their_positions() -> None:

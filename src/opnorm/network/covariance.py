@@ -3,8 +3,10 @@
 The formulas are those of `certificate.network.proof`; see there and `docs/guides/network.md` for the mathematics.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,6 +53,12 @@ class Forward:
         """The multipliers that were used."""
         return [p.multiplier for p in self.choices]
 
+    @cached_property
+    def squared(self) -> float:
+        """The squared bound; infinite where numbers overflowed."""
+        value = float(torch.linalg.eigvalsh(self.output.detach())[..., -1].amax())
+        return value if math.isfinite(value) else math.inf
+
 
 def forward(chain: Chain, choose: Chooser, *, slim: bool = False) -> Forward:
     """Run the calculus with the multipliers that `choose` returns, each feasible (S > B).
@@ -68,14 +76,14 @@ def forward(chain: Chain, choose: Chooser, *, slim: bool = False) -> Forward:
         spread = stage.spread.value
         # The inputs' cover is the identity.
         half = spread @ cover if passed else spread.expand(len(cover), -1, -1)
-        b = _hermitian(half @ spread.mH)
+        b = hermitian(half @ spread.mH)
         s = choose(number, stage, b)
         factor = torch.linalg.cholesky(torch.diag(s[stage.groups]).to(b.dtype) - b)
         passed.append(Passed(stage, cover[:0], b[:0], factor[:0], s) if slim else Passed(stage, cover, b, factor, s))
         cover = update(stage, cover, half, b, s=s, factor=factor)
         number += 1
     out = chain.out.value
-    return Forward(_hermitian(out @ cover @ out.mH), tuple(passed))
+    return Forward(hermitian(out @ cover @ out.mH), tuple(passed))
 
 
 def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, *, s: Tensor, factor: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, *, s: Tensor, f
         return free.expand(cover.shape[0], -1, -1)
     selected = stage.selected
     if selected is None:
-        kept, across = _hermitian(mean @ cover @ mean.mH), half @ mean.mH
+        kept, across = hermitian(mean @ cover @ mean.mH), half @ mean.mH
     elif len(selected) == 0:
         kept, across = b, b
     else:
@@ -94,7 +102,7 @@ def update(stage: Stage, cover: Tensor, half: Tensor, b: Tensor, *, s: Tensor, f
         across = torch.cat([beside, b], -1)
         kept = torch.cat([torch.cat([cover[:, selected][:, :, selected], beside.mH], -1), across], -2)
     lifted = torch.linalg.solve_triangular(factor, across, upper=False)
-    return kept + _hermitian(lifted.mH @ lifted) + free
+    return kept + hermitian(lifted.mH @ lifted) + free
 
 
 def ratio(stage: Stage, b: Tensor, s: Tensor) -> Tensor:
@@ -148,5 +156,6 @@ def given(multipliers: Sequence[Tensor]) -> Chooser:
     return lambda number, stage, b: multipliers[number]
 
 
-def _hermitian(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mH) / 2
+def hermitian(matrix: Tensor) -> Tensor:
+    """Half the sum with the conjugate transpose, in the form that takes the fewest passes over complex memory."""
+    return (matrix + matrix.mT.conj_physical()) * 0.5

@@ -12,14 +12,21 @@ from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Program
 from opnorm.certificate.network.stages import Chain
 from opnorm.errors import TooLargeError
-from opnorm.network.lockstep import lockstep
+from opnorm.network.covariance import fixed
+from opnorm.network.lockstep import Lockstep, lockstep
+from opnorm.network.multipliers.afp import descend, targets
 from opnorm.network.multipliers.fast import closed_form
 from opnorm.network.multipliers.sweep import shapes_by_parts, twice_least
-from opnorm.network.search import Found, search
+from opnorm.network.search import METHODS, Found, search
 
 _HELD_BYTES = 3e9
+_KEPT_BYTES = 2e9
+_SMALL_BYTES = 6e7  # small blocks of memory are used again and stay in the cache
 _SWEEP = 2.5
 """Cost of a sweep by parts in passes of Fast."""
+_AFP = 1.4
+"""Cost of an iteration of the adjoint fixed point in passes of Fast."""
+_AFP_ITERATIONS, _LEAST, _DIRECTIONS = 30, 3, 10
 
 
 def affordable(
@@ -65,8 +72,9 @@ def affordable(
 
 
 def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: float, upto: str) -> Found:
-    """Fast over all frequencies, one stage at a time; then a sweep, one part at a time, where there is time for it.
+    """Fast over all frequencies; then, where there is time, the adjoint fixed point on parts that are held together.
 
+    Parts that are too large to be held are made anew for each pass, one stage at a time, and a sweep has to do.
     A search on some of the frequencies is of no use: what it saves there costs more at the others.
 
     Args:
@@ -74,20 +82,43 @@ def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: flo
         weights: its stored weights, by name.
         cost: of the calculus on it.
         seconds: budget, the proof included; Fast runs in any case.
-        upto: the last method to try; those after the sweep would need many passes.
+        upto: the last method to try.
     """
-    parts = cost.parts()
     started = time.monotonic()
     with torch.no_grad():
-        multipliers, bound = lockstep([fourier_walk(program, weights, part=p) for p in parts], closed_form)
-        best = Found(multipliers, bound, "fast")
+        if cost.kept <= _KEPT_BYTES and METHODS.index(upto) >= METHODS.index("afp"):
+            chains = [fourier_chain(program, weights, part=p) for p in cost.parts(_SMALL_BYTES)]
+            return _fixed_point(chains, seconds - (time.monotonic() - started), cost.proof / cost.search)
+        parts = cost.parts()
+        best = _found(lockstep([fourier_walk(program, weights, part=p) for p in parts], closed_form), "fast")
         once = time.monotonic() - started
         if upto == "fast" or seconds - once < once * (_SWEEP + cost.proof / cost.search):
             return best
         try:
-            shapes = shapes_by_parts((fourier_chain(program, weights, part=p) for p in parts), multipliers)
+            shapes = shapes_by_parts((fourier_chain(program, weights, part=p) for p in parts), best.multipliers)
             walks = [fourier_walk(program, weights, part=p) for p in parts]
-            found = Found(*lockstep(walks, twice_least(shapes)), "sweep")
+            found = _found(lockstep(walks, twice_least(shapes)), "sweep")
         except LinAlgError:  # numbers so far apart that a factorisation fails: no claim is lost
             return best
     return min(best, found, key=lambda f: f.estimate)
+
+
+def _fixed_point(chains: list[Chain], seconds: float, proof: float) -> Found:
+    """Fast and as many iterations as there is time for, less `proof` passes of Fast."""
+    started = time.monotonic()
+    begin = lockstep(chains, closed_form, keep=True)
+    once = time.monotonic() - started
+    rounds = min(_AFP_ITERATIONS, int((seconds - once * (1 + proof)) / (_AFP * once)))
+    if rounds < _LEAST:
+        return _found(begin, "fast")
+    best = descend(
+        begin,
+        lambda multipliers: lockstep(chains, fixed(multipliers), keep=True),
+        lambda result, sharpness: targets(chains, result.passes, _DIRECTIONS, sharpness),
+        rounds,
+    )
+    return _found(best, "fast" if best is begin else "afp")
+
+
+def _found(result: Lockstep, method: str) -> Found:
+    return Found(result.multipliers, result.squared**0.5, method)

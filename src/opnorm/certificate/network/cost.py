@@ -29,6 +29,7 @@ class Cost:
         proof: flops of the proof.
         held: bytes of the largest base of all frequencies together: covers and rows of one stage.
         each: bytes of all stages of one coarse frequency, and of its proof.
+        kept: bytes of all stages of all frequencies, with what a pass leaves at each for the adjoint.
     """
 
     frequencies: int
@@ -36,16 +37,17 @@ class Cost:
     proof: float
     held: float
     each: float
+    kept: float
 
     @property
     def seconds(self) -> float:
         """About how long one pass and the proof take on the threads that torch uses."""
         return (self.search + self.proof) / (_RATE * torch.get_num_threads())
 
-    def parts(self) -> list[Tensor]:
-        """The coarse frequencies in parts of a bounded memory."""
-        size = max(1, int(_PART_BYTES / self.each))
-        return list(torch.split(torch.arange(self.frequencies), size))
+    def parts(self, size: float = _PART_BYTES) -> list[Tensor]:
+        """The coarse frequencies in parts of a bounded memory, in bytes."""
+        count = max(1, int(size / self.each))
+        return list(torch.split(torch.arange(self.frequencies), count))
 
 
 def fourier_cost(program: Program) -> Cost:
@@ -99,7 +101,7 @@ def _height(plan: Layout, level: tuple[int, ...], position: int) -> int:
 
 def _total(stages: list[_Sizes], frequencies: int, weight: float) -> Cost:
     """Add up products and factorisations; `weight` is what a real multiplication and addition count for, halved."""
-    search = proof = held = stored = working = 0.0
+    search = proof = held = stored = working = states = 0.0
     before = 0
     for blocks, rows, after in stages:
         before = before or after
@@ -109,6 +111,7 @@ def _total(stages: list[_Sizes], frequencies: int, weight: float) -> Cost:
         proof += blocks * (2 * weight * (once + whole**3 / 3) + 2 * whole * before * (before + whole))
         held = max(held, 16 * blocks * (2 * after * after + whole * before))
         stored += 16 * blocks * whole * before
+        states += 16 * blocks * (before * before + 2 * rows * rows)
         working = max(working, 16 * blocks * 7 * whole * whole)
         before = after
-    return Cost(frequencies, search, proof, held, (stored + working) / frequencies)
+    return Cost(frequencies, search, proof, held, (stored + working) / frequencies, stored + states)

@@ -6,6 +6,7 @@ with slopes in [middle - radius, middle + radius] (or any function with `|dv| <=
 and leaves the new base `(keep z, v)`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -185,6 +186,10 @@ class Chain:
     stages: tuple[Transition, ...]
     out: Rows
     blocks: int = 1
+
+    def transitions(self) -> Iterator[Transition]:
+        """The stages, one after the other."""
+        return iter(self.stages)
 
     @property
     def choices(self) -> tuple[Stage, ...]:
