@@ -175,6 +175,15 @@ def test_it_gains_on_the_product_and_its_certificate_holds(name: str, tmp_path: 
     assert bound.upper * ROUNDING <= verified.proved <= verified.upper <= bound.upper * (1 + 1e-6)
 
 
+def test_few_channels_and_single_points() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 1, 1, 2), nn.ReLU())
+    bound = opnorm.lipschitz(
+        nn.Sequential(*layers, nn.Conv2d(1, 2, 1)).eval(), torch.randn(2, 2, 3, 3), method="rescaled"
+    )
+    assert 0 < bound.lower <= bound.upper < bound.product
+
+
 def test_where_no_units_are_free_the_naive_bound_stays() -> None:
     bound = opnorm.lipschitz(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(2, 4), method="rescaled")
     assert bound.method == "naive" and bound.upper == bound.product

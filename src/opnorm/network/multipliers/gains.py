@@ -35,14 +35,16 @@ class Gain:
     def __post_init__(self) -> None:
         """Draw the first vectors."""
         generator = torch.Generator().manual_seed(0)
-        self.x = _orthonormal(torch.randn(_VECTORS, *self._shape(), generator=generator))
+        count = min(_VECTORS, len(self.weight))  # no more than its results have elements
+        self.x = _orthonormal(torch.randn(count, *self._shape(), generator=generator))
 
     def _shape(self) -> tuple[int, ...]:
         if isinstance(self.map, Matrix):
             return (self.weight.shape[1],)
         spans = (d * (k - 1) + 1 for d, k in zip(self.map.dilation, self.map.kernel, strict=True))
         sizes = zip(self.map.in_shape[1:], self.map.stride, spans, strict=True)
-        return (self.map.in_shape[0], *(min(n, max(_POINTS * s, span)) for n, s, span in sizes))
+        points = _POINTS if max(self.map.kernel) > 1 else 1
+        return (self.map.in_shape[0], *(min(n, max(points * s, span)) for n, s, span in sizes))
 
     def log_norm(self, before: Tensor, after: Tensor) -> Tensor:
         """A smooth maximum of the top singular values' logarithms, after one step of the power iteration.
