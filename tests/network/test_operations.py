@@ -257,3 +257,40 @@ def test_several_inputs_and_outputs_are_one_map() -> None:
     assert bound.pairwise is not None
     assert bound.pairwise.shape == (4, 4)
     assert 0.9 * bound.lower <= bound.upper
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.ConvTranspose1d(2, 4, 3, 2, 1, 1, groups=2), (2, 5)),
+        (nn.ConvTranspose2d(2, 3, 3, (1, 2), dilation=2), (2, 3, 4)),
+        (nn.ConvTranspose3d(1, 2, 2, 2), (1, 2, 3, 2)),
+        (nn.Conv3d(1, 2, 2, padding=1, padding_mode="replicate"), (1, 2, 3, 2)),
+    ],
+    ids=["1d", "2d", "3d", "3d, padded"],
+)
+def test_convolutions_of_every_dimension(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    bound = opnorm.lipschitz(layer, torch.randn(2, *shape), method="fast", time_budget=0.3)
+    truth = measured(layer.double(), torch.zeros(1, *shape))
+    assert truth * (1 - 1e-9) <= bound.upper <= truth * (1 + 1e-3)
+
+
+def test_nodes_say_where_they_are_what_they_stretch_and_what_they_add() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.relu(self.inner(x))
+
+    model = nn.Sequential(Block(), nn.MaxPool1d(3, 1, 1))
+    model[0].inner.weight.data = torch.diag(torch.tensor([3.0, 0.5]))
+    nodes = opnorm.lipschitz(model, torch.randn(2, 1, 2), method="naive", time_budget=0.2).nodes
+    assert [n.place for n in nodes][1:] == ["0.inner: linear", "0: relu", "0: add", "1: max_pool1d"]
+    assert [n.kind for n in nodes] == ["input", "linear", "activation", "join", "opaque"]
+    assert [n.sources for n in nodes] == [(), (0,), (1,), (0, 2), (3,)]
+    expected = [(1, 1, 1), (3, 3, 3), (1, 1, 3), (1, 4 / 3, 4), (2**0.5, 2**0.5, 4 * 2**0.5)]
+    for node, numbers in zip(nodes, expected, strict=True):
+        assert (node.constant, node.contribution, node.bound) == pytest.approx(numbers, rel=1e-2)
+    assert "windows" in nodes[-1].note
