@@ -43,12 +43,14 @@ def conv(kernel: list[list[float]], **options: int) -> nn.Conv2d:
 
 
 def test_the_crop_between_two_convolutions() -> None:
-    # On a torus of 4 the two symbols cancel; with zero padding on 3 points the true norm is 1.
-    first = conv([[0, 0, 1], [0, 1, 0], [0, 0, 0]], padding=1)
-    second = conv([[1, 0, 0], [0, -1, 0], [0, 0, 0]], padding=1)
-    for a, b in ((first, second), (second, first)):
-        model = nn.Sequential(a, b)
-        assert fourier(model, 1, 3, 3) >= norm_of(model, 1, 3, 3) * (1 - 1e-12) > 0
+    # Shift one way and back, less the identity: nothing on a torus. Zero padding on 3 points loses one of them: norm 1.
+    first, second = nn.Conv1d(1, 2, 3, padding=1, bias=False), nn.Conv1d(2, 1, 3, padding=1, bias=False)
+    first.weight.data = torch.tensor([[[0.0, 0, 1]], [[0, 1, 0]]])
+    second.weight.data = torch.tensor([[[1.0, 0, 0], [0, -1, 0]]])
+    for between in ([], [nn.LeakyReLU(1.0)]):
+        model = nn.Sequential(first, *between, second)
+        assert norm_of(model, 1, 3) == pytest.approx(1.0)
+        assert fourier(model, 1, 3) >= 1 - 1e-12
 
 
 def test_a_strided_skip_meets_a_shifted_convolution() -> None:
@@ -137,3 +139,37 @@ def test_a_region_is_where_the_bound_holds() -> None:
     across = opnorm.lipschitz(model, torch.randn(2, 1), region=Ball(torch.tensor([-1.0]), 1.5))
     assert off.upper < 1e-6
     assert across.upper >= 1.0
+
+
+def test_a_single_window_that_leaves_positions_out_is_no_mean() -> None:
+    # One window over a corner of 2 x 2 that counts what is inside only: the corner itself, of norm 1; a mean has 1/2.
+    pool = nn.AvgPool2d(2, 3, 1, count_include_pad=False)
+    assert norm_of(pool, 1, 2, 2) == pytest.approx(1.0)
+    assert opnorm.lipschitz(pool, torch.randn(2, 1, 2, 2)).upper >= 1.0
+
+
+def test_a_scale_of_the_width_is_not_one_of_all_positions() -> None:
+    # The pooling's matrix has a row for each of 4 positions; the factors belong to the 2 columns.
+    factors = torch.tensor([3.0, 0.5])
+    model = Lambda(lambda x, pool: pool(x) * factors, nn.AvgPool2d(2, 2, 1, count_include_pad=False))
+    bound = opnorm.lipschitz(model, torch.randn(2, 1, 3, 3), method="naive")
+    assert norm_of(model, 1, 3, 3) <= bound.upper <= 3.0001
+
+
+def test_casts_do_not_turn_rounding_into_slopes() -> None:
+    # Pairs are close to each other: evaluated in half precision, their difference would be the rounding's.
+    model = Lambda(lambda x: (x.half().float() * 2).to(torch.bfloat16).float())
+    bound = opnorm.lipschitz(model, torch.randn(4, 5))
+    assert bound.lower <= bound.upper == pytest.approx(2.0)
+
+
+def test_a_network_that_is_constant_has_no_slope_from_rounding() -> None:
+    # Centred, averaged: 0 up to rounding, whose quotient over a small distance is not small beside the bound.
+    torch.manual_seed(1161)
+    model = Lambda(
+        lambda x, conv, norm: (h := norm(conv(x))).sub(h.mean((2, 3), keepdim=True)).mean((2, 3)),
+        nn.Conv2d(3, 1, 2, padding=1),
+        nn.GroupNorm(1, 1, eps=0.3),
+    )
+    bound = opnorm.lipschitz(model, torch.randn(3, 3, 5, 5), method="fast", time_budget=0.5)
+    assert bound.lower <= bound.upper < 1e-9

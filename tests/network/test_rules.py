@@ -48,6 +48,17 @@ def test_slopes_on_an_interval_enclose_the_derivative(kind: str) -> None:
             assert float(a) <= derivative <= float(b)
 
 
+@pytest.mark.parametrize("slope", [-0.5, 0.0, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu", "prelu"])
+def test_slopes_on_an_interval_enclose_those_of_each_side(kind: str, slope: float) -> None:
+    left = 0.0 if kind == "relu" else slope
+    whole = slopes(min(left, 1.0), max(left, 1.0))
+    for low, high, met in ((-2.0, -1.0, {left}), (1.0, 2.0, {1.0}), (-1.0, 1.0, {left, 1.0}), (0.0, 1.0, {left, 1.0})):
+        ends = torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)
+        a, b = slopes_between(kind, *ends, whole)
+        assert (float(a), float(b)) == (min(met), max(met))
+
+
 @pytest.mark.parametrize(
     "function",
     [torch.exp, torch.square, lambda x: x * x, lambda x: x**3, lambda x: x / (x + 1), torch.sqrt, nn.Hardshrink()],

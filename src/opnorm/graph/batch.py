@@ -9,15 +9,20 @@ from opnorm.errors import UnsupportedLayerError
 from opnorm.graph.types import Graph, Ref, Weight
 
 
-def batch_place(node: torch.fx.Node, place: str) -> tuple[int, int]:
+def batch_place(node: torch.fx.Node, place: str, batch_sizes: set[Any]) -> tuple[int, int]:
     """The axis of a traced tensor that grows with the batch, and how many rows of a sample it holds.
+
+    Args:
+        node: the traced operation.
+        place: where it is, for the message.
+        batch_sizes: the symbols that stand for the size of the batch; others are sizes that a mask's values decide.
 
     Raises:
         UnsupportedLayerError: if no axis or several axes do.
     """
     shape = node.meta["val"].shape
     sizes = [n.node.expr if isinstance(n, torch.SymInt) else None for n in shape]
-    axes = [i for i, size in enumerate(sizes) if size is not None]
+    axes = [i for i, size in enumerate(sizes) if size is not None and size.free_symbols & batch_sizes]
     if len(axes) != 1:
         grows = "no axis grows" if not axes else f"{len(axes)} axes grow"
         raise UnsupportedLayerError(f"{place} mixes the samples of a batch: {grows} with the batch in its result")

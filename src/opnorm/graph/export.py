@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._decomp import get_decompositions
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError
 from opnorm.graph.batch import batch_place, check_samples_apart, varies_fastest
+from opnorm.graph.decompose import written_out
 from opnorm.graph.types import Graph, Node, Ref, Weight
 
 Example = Tensor | tuple[Tensor, ...]
 
-_LAYERS = [getattr(torch.ops.aten, name).input for name in ("rnn_tanh", "rnn_relu", "lstm", "gru")]
-_CELLS = [getattr(torch.ops.aten, name).default for name in ("rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell")]
-_RECURRENT = frozenset([*_LAYERS, *_CELLS])
+_SHAPED_LIKE = frozenset({
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+})  # fmt: skip
+_RANDOM = frozenset({
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_",
+    "multinomial", "normal", "normal_", "uniform", "uniform_", "exponential", "exponential_", "normal_functional",
+})  # fmt: skip
 
 
 def export(model: nn.Module, example_input: Example) -> Graph:
@@ -33,11 +37,20 @@ def export(model: nn.Module, example_input: Example) -> Graph:
             mode.
         UnsupportedLayerError: if the model cannot be exported, or an operation mixes the samples of a batch.
     """
+    model = _unwrapped(model)
     _refuse_training(model)
     batches = two_samples(example_input)
     _require_fitting(model, batches)
     program = _exported(model, batches)
     return _Reader(program, batches).graph()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DataParallel's wrappers."""
+    inside = getattr(model, "_orig_mod", None)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inside = model.module
+    return _unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 
 def _refuse_training(model: nn.Module) -> None:
@@ -57,11 +70,15 @@ def two_samples(example_input: Example) -> tuple[Tensor, ...]:
     Raises:
         ArgumentError: if an input is no batch of finite numbers.
     """
-    inputs = example_input if isinstance(example_input, tuple | list) else (example_input,)
+    inputs: tuple[Any, ...] = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
     batches = []
     for number, batch in enumerate(inputs):
         if not isinstance(batch, Tensor):
-            raise ArgumentError(f"input {number} is of the type {type(batch).__name__}; it must be a tensor")
+            raise ArgumentError(
+                f"input {number} is of the type {type(batch).__name__}; example_input is a batch or a tuple of tensors"
+            )
+        if batch.is_complex():
+            raise ArgumentError(f"input {number} is complex, and complex numbers are not followed")
         if batch.dim() < 1 or batch.shape[0] == 0:
             raise ArgumentError(f"input {number} must be a tensor with a batch as its first axis")
         if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
@@ -98,21 +115,16 @@ def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.Exp
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations, raised inside its exporter
             program = torch.export.export(model, example, dynamic_shapes=dynamic)
-            if any(node.target in _RECURRENT for node in program.graph.nodes):
-                program = program.run_decompositions(_step_by_step())
-            return program.run_decompositions({}) if _writes_shared_memory(program) else program
+            if _writes_shared_memory(program):
+                program = program.run_decompositions({})
+            return written_out(program)
     except Exception as problem:  # torch.export raises many unrelated classes
         first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise UnsupportedLayerError(
             f"torch.export cannot trace {type(model).__name__} with a batch of any size: {first} "
-            "(a fixed batch size, as in view(8, -1), or control flow that depends on values are the usual causes)"
+            "(a fixed batch size, as in view(8, -1) or expand(len(x), 5), or control flow that depends on values are "
+            "the usual causes)"
         ) from problem
-
-
-def _step_by_step() -> dict[Any, Callable[..., Any]]:
-    """How recurrent layers are unrolled to linear maps, gates and products; nothing else is decomposed."""
-    known = torch.export.default_decompositions()
-    return {**get_decompositions(_LAYERS), **{cell: known[cell] for cell in _CELLS}}
 
 
 def _writes_shared_memory(program: torch.export.ExportedProgram) -> bool:
@@ -121,10 +133,16 @@ def _writes_shared_memory(program: torch.export.ExportedProgram) -> bool:
         name = str(node.target).split(".")
         if node.op == "call_function" and len(name) > 1 and name[1].endswith("_") and not name[1].startswith("_"):
             source = node.args[0]
-            fresh = source.op == "call_function" and not _may_alias(source)
+            fresh = source.op == "call_function" and not _may_alias(source) and not _constant(source)
             if not fresh or len(source.users) > 1:
                 return True
     return False
+
+
+def _constant(node: torch.fx.Node) -> bool:
+    """Whether a tensor is a stored constant of the graph, which nothing may write to."""
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return not tensors or bool(_SHAPED_LIKE.intersection(_text(node.target).split(".")[1:2]))
 
 
 def _may_alias(node: torch.fx.Node) -> bool:
@@ -150,6 +168,7 @@ class _Reader:
         self.varied: set[str] = set()
         self.labels: list[str] = []
         self.batches = batches
+        self.batch_sizes: set[Any] = set()
 
     def graph(self) -> Graph:
         inputs: list[str] = []
@@ -166,6 +185,7 @@ class _Reader:
                 elif node.op == "placeholder":
                     batch = queue.pop(0)
                     self.env[node.name] = batch
+                    self.batch_sizes |= node.meta["val"].shape[0].node.expr.free_symbols
                     self.varied.add(node.name)
                     if batch.is_floating_point():
                         inputs.append(node.name)
@@ -177,7 +197,10 @@ class _Reader:
                 elif node.op == "output":
                     outputs = self._outputs(node)
                 else:
-                    raise UnsupportedLayerError(f"the exported graph holds {node.op} {node.name}, which has no rule")
+                    raise UnsupportedLayerError(
+                        f"the exported graph holds {node.op} {node.name}: a part of the forward runs in a context of "
+                        "its own, such as torch.autocast or torch.cond; take it out of the forward"
+                    )
         graph = Graph(
             tuple(self.nodes), tuple(inputs), outputs, self.weights, frozenset(self.derived), tuple(self.labels)
         )
@@ -190,19 +213,30 @@ class _Reader:
         self.weight_of[name] = weight
 
     def _call(self, node: torch.fx.Node) -> None:
+        operation = _text(node.target).split(".")[1:2]
+        if _RANDOM.intersection(operation):
+            path, module = _home(node)
+            raise UnsupportedLayerError(
+                f"{node.target} in {path or 'the model'} ({module}) is random, so the model is no function of its "
+                "inputs; pass the noise as an input"
+            )
         args = torch.fx.node.map_arg(node.args, lambda n: self.env[n.name])
         kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: self.env[n.name])
         result = node.target(*args, **kwargs)  # type: ignore[operator]
+        like = bool(_SHAPED_LIKE.intersection(operation))
+        if like and "empty" in operation[0]:
+            result = torch.zeros_like(result)  # whatever was in memory
         self.env[node.name] = result
         reads = any(source.name in self.varied for source in node.all_input_nodes)
-        if not reads:
+        if like or not reads:
             if isinstance(result, Tensor):
                 self._remember(node.name, f"{node.name} (computed)", result)
                 self.derived.add(f"{node.name} (computed)")
             return
         if isinstance(result, Tensor | tuple | list):
             self.varied.add(node.name)
-            self.nodes.append(self._node(node, _text(node.target), node.target))  # type: ignore[arg-type]
+            function = _copied if node.target is torch.ops.aten.copy.default else node.target
+            self.nodes.append(self._node(node, _text(node.target), function))  # type: ignore[arg-type]
 
     def _node(self, node: torch.fx.Node, op: str, function: Callable[..., Any]) -> Node:
         result = self.env[node.name]
@@ -211,7 +245,7 @@ class _Reader:
         inner = False
         if isinstance(result, Tensor):
             where = f"{op} in {path or 'the model'} ({module})"
-            place = batch_place(node, where)
+            place = batch_place(node, where, self.batch_sizes)
             inner = place[1] > 1 and self._inner(node, place[0], where)
         return Node(
             node.name,
@@ -255,14 +289,20 @@ class _Reader:
     def _outputs(self, node: torch.fx.Node) -> tuple[str, ...]:
         names = []
         for result in torch.fx.node.map_arg(node.args[0], lambda n: n):  # type: ignore[union-attr]
-            if not isinstance(result, torch.fx.Node) or result.name not in self.varied:
-                raise UnsupportedLayerError("an output of the model does not depend on its inputs")
-            names.append(result.name)
+            if isinstance(result, torch.fx.Node) and result.name in self.varied:
+                names.append(result.name)  # what is constant, or None, never differs
+        if not names:
+            raise UnsupportedLayerError("no output of the model depends on its inputs")
         return tuple(names)
 
 
 def _nothing() -> None:
     """What an input computes."""
+
+
+def _copied(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What torch's functional copy computes; it has no derivative."""
+    return source.to(into.dtype).expand_as(into)
 
 
 def _text(target: object) -> str:

@@ -131,8 +131,11 @@ def _require_finite(model: nn.Module) -> None:
     """Refuse weights that are no numbers, by name; minus infinity is what masks of attention hold.
 
     Raises:
+        ArgumentError: if the model is no module.
         WeightError: naming the first.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the model is a torch.nn.Module, not {type(model).__name__}; wrap a function in one")
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if weight.is_floating_point() and not bool((weight < math.inf).all()):
             raise WeightError(f"the weight {name!r} holds NaN or infinite values, so the network has no constant")

@@ -237,7 +237,7 @@ def _divided(node: Node, values: Pairs, errors: Pairs, graph: Graph) -> Tensor:
 def _term(argument: Any, values: Pairs, errors: Pairs, graph: Graph) -> tuple[Any, Any]:
     if isinstance(argument, Ref):
         return values[argument.name], errors[argument.name]
-    return (graph.weights[argument.name] if isinstance(argument, Weight) else float(argument)), 0.0
+    return (graph.weights[argument.name].double() if isinstance(argument, Weight) else float(argument)), 0.0
 
 
 def _leaky(node: Node, values: Pairs, errors: Pairs, graph: Graph) -> Tensor:

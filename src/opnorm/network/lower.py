@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Function:
 
     def __init__(self, graph: Graph, batches: tuple[Tensor, ...]) -> None:
         self.graph = Graph(
-            graph.nodes,
+            tuple(replace(n, args=_in_double(n.args), kwargs=_in_double(n.kwargs)) for n in graph.nodes),
             graph.inputs,
             graph.outputs,
             {k: v.double() if v.is_floating_point() else v for k, v in graph.weights.items()},
@@ -69,16 +70,25 @@ class Function:
         return evaluate(self.graph, self.inputs(x))
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The batches that flattened inputs stand for."""
+        """The batches that flattened inputs stand for, all with the first sample's labels: two inputs share theirs."""
         parts, start = [], 0
         for batch in self.batches:
             if not batch.is_floating_point():
-                parts.append(batch)
+                parts.append(batch[:1].expand_as(batch))
                 continue
             size = batch[0].numel()
             parts.append(x[:, start : start + size].reshape(batch.shape))
             start += size
         return tuple(parts)
+
+
+def _in_double(argument: Any) -> Any:
+    """Arguments of an operation with float64 for every float type: a cast is the identity, as the bounds take it."""
+    if isinstance(argument, dict):
+        return {key: _in_double(value) for key, value in argument.items()}
+    if isinstance(argument, list | tuple):
+        return type(argument)(_in_double(part) for part in argument)
+    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
 def attained(

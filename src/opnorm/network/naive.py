@@ -133,7 +133,10 @@ def _fusible(first: LinearMap, second: LinearMap) -> bool:
     if not isinstance(second, Scale) or second.in_shape != first.out_shape:
         return False
     channels = isinstance(first, Convolution) and second.axis == 0
-    return channels or (isinstance(first, Matrix) and first.after == 1 and second.axis == len(second.in_shape) - 1)
+    if not isinstance(first, Matrix):
+        return channels
+    rows = math.prod(first.out_shape) // first.before
+    return first.after == 1 and second.axis == len(second.in_shape) - 1 and second.in_shape[-1] == rows
 
 
 def _once(known: dict[tuple[LinearMap, ...], float], maps: tuple[LinearMap, ...], weights: Weights) -> float:

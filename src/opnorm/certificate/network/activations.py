@@ -52,6 +52,11 @@ UNBOUNDED = {
     "hardshrink": "hardshrink jumps",
     "threshold": "threshold jumps unless its value is its threshold",
     "sign": "the sign jumps",
+    "round": "rounding and remainders jump",
+    "tan": "the tangent has poles",
+    "acos": "its slope is unbounded at the ends of its domain",
+    "atan2": "the angle jumps, and its slope is unbounded at the origin",
+    "prod": "a product of varying elements has unbounded slopes",
     "power": "the slope of a power above 1 is unbounded",
 }
 
@@ -90,9 +95,8 @@ def slopes_between(kind: str, low: Tensor, high: Tensor, globally: Slopes) -> Sl
     """Slopes that hold while each element stays in [low, high]: where the ReLU is on or off, for instance."""
     a, b = (s.expand_as(low).clone() for s in globally)
     if kind in ("relu", "leaky_relu", "prelu"):
-        off = a if kind != "relu" else torch.zeros_like(a)
-        if kind == "prelu":
-            off = torch.where(globally[0] < 1, globally[0], globally[1]).expand_as(low)
+        # Of the two ends one is 1, on the right; the other is the slope on the left.
+        off = torch.where(globally[0] < 1, globally[0], globally[1]).expand_as(low)
         b = torch.where(high < 0, off, b)
         a = torch.where(low > 0, torch.ones_like(a), a)
         b = torch.where(low > 0, torch.ones_like(b), b)

@@ -6,6 +6,9 @@ from opnorm.network.rules import (  # noqa: F401 - importing a family registers 
     linear,
     normalization,
     pooling,
+    products,
+    reductions,
+    refused,
     shape,
     sums,
 )

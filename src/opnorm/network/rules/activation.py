@@ -87,18 +87,43 @@ def _with_parameters(node: Node, build: Builder, kind: str, parameters: tuple[fl
     return build.elementwise(node, build.source(node.args[0], node), limits, kind=kind, parameters=parameters)
 
 
-_JUMPS = {
-    "exp": "exp", "square": "square", "sqrt": "sqrt", "log": "log", "reciprocal": "reciprocal", "rsqrt": "rsqrt",
-    "hardshrink": "hardshrink", "threshold": "threshold", "sign": "sign", "log1p": "log", "log2": "log",
-    "log10": "log", "exp2": "exp", "expm1": "exp",
+_STEEP = {
+    "exp": ("exp", "exp2", "expm1", "sinh", "cosh"), "log": ("log", "log1p", "log2", "log10", "logit"),
+    "square": ("square",), "sqrt": ("sqrt",), "reciprocal": ("reciprocal",), "rsqrt": ("rsqrt",), "tan": ("tan",),
+    "acos": ("acos", "asin", "acosh", "atanh", "erfinv"), "hardshrink": ("hardshrink",), "sign": ("sign", "sgn"),
+    "round": ("round", "floor", "ceil", "trunc", "frac"),
+}  # fmt: skip
+_KIND = {f"aten.{name}.default": kind for kind, names in _STEEP.items() for name in names}
+_KIND |= {
+    "aten.remainder.Scalar": "round", "aten.fmod.Scalar": "round", "aten.atan2.default": "atan2",
+    "aten.xlogy.Tensor": "log", "aten.prod.dim_int": "prod", "aten.var.correction": "square", "aten.var.dim": "square",
 }  # fmt: skip
 
 
-@register_rule(*(f"aten.{name}.default" for name in _JUMPS))
+@register_rule(*_KIND)
 def unbounded(node: Node, build: Builder) -> int:
     """Functions whose slopes are unbounded: infinity, with the reason."""
-    name = _JUMPS[node.op.split(".")[1]]
-    return build.opaque(node, (build.source(node.args[0], node),), math.inf, UNBOUNDED[name], kind=name)
+    kind = _KIND[node.op]
+    varied = [a for a in node.args if isinstance(a, Ref) and a.name in build.at]
+    if node.op.split(".")[1] in ("prod", "var") and _reduces_batch(node, build):
+        raise unsupported(node, "it mixes the samples of a batch")
+    return build.opaque(node, tuple(build.source(a, node) for a in varied), math.inf, UNBOUNDED[kind], kind=kind)
+
+
+def _reduces_batch(node: Node, build: Builder) -> bool:
+    before = build.graph[node.args[0].name]
+    axes = node.args[1] if len(node.args) > 1 else None
+    axes = range(len(before.shape)) if axes is None else [axes] if isinstance(axes, int) else axes
+    return any(before.sample_axis(axis) is None for axis in axes)
+
+
+@register_rule("aten.threshold.default", "aten.threshold_.default")
+def threshold(node: Node, build: Builder) -> int:
+    """A ReLU, shifted, where its value is its threshold; otherwise it jumps."""
+    source = build.source(node.args[0], node)
+    if float(node.args[1]) == float(node.args[2]):
+        return build.elementwise(node, source, slopes(0.0, 1.0))
+    return build.opaque(node, (source,), math.inf, UNBOUNDED["threshold"], kind="threshold")
 
 
 @register_rule("aten.pow.Tensor_Scalar")

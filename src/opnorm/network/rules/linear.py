@@ -8,6 +8,7 @@ import torch
 from opnorm.certificate.network.maps import Convolution, Matrix, Scale, TransposedConvolution
 from opnorm.graph import Node, Ref, Weight
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
+from opnorm.network.rules.shape import part_rule
 
 
 @register_rule("aten.linear.default")
@@ -22,45 +23,6 @@ def linear(node: Node, build: Builder) -> int:
         raise unsupported(node, "it acts on the batch axis")
     rows = build.weights[weight.name].shape[0]
     return build.linear(node, source, Matrix(shape, (*shape[:-1], rows), weight.name, prod(shape[:-1])))
-
-
-@register_rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
-def matmul(node: Node, build: Builder) -> int:
-    """A product with a stored matrix on either side; of two tensors that vary, see the attention rules."""
-    left, right = node.args[:2]
-    if isinstance(left, Ref) and isinstance(right, Weight) and build.weights[right.name].dim() == 2:
-        source, shape = build.source(left, node), build.shape(left)
-        if build.graph[left.name].sample_axis(-1) is None:
-            raise unsupported(node, "it acts on the batch axis")
-        name = build.constant(build.tensor(right).mT.contiguous(), f"{right.name} transposed")
-        columns = build.weights[right.name].shape[1]
-        return build.linear(node, source, Matrix(shape, (*shape[:-1], columns), name, prod(shape[:-1])))
-    if isinstance(left, Weight) and isinstance(right, Ref) and build.weights[left.name].dim() == 2:
-        source, shape = build.source(right, node), build.shape(right)
-        axis = build.graph[right.name].sample_axis(-2)
-        if axis is None or axis != len(shape) - 2:
-            raise unsupported(node, "it acts on the batch axis")
-        rows = build.weights[left.name].shape[0]
-        out = (*shape[:-2], rows, shape[-1])
-        return build.linear(node, source, Matrix(shape, out, left.name, prod(shape[:-2]), shape[-1]))
-    if isinstance(left, Ref) and isinstance(right, Ref):
-        positions = tuple(build.source(a, node) for a in (left, right))
-        return build.opaque(node, positions, float("inf"), "a product of two varying tensors has unbounded slopes")
-    raise unsupported(node, "only two-dimensional weights can be multiplied with")
-
-
-@register_rule("aten.addmm.default")
-def addmm(node: Node, build: Builder) -> int:
-    """`bias + x W` with stored W and bias."""
-    bias, x, weight = node.args[:3]
-    _require_constant(bias, node)
-    _require_weight(weight, node)
-    if node.kwargs:
-        raise unsupported(node, "alpha and beta have no rule")
-    source, shape = build.source(x, node), build.shape(x)
-    name = build.constant(build.tensor(weight).mT.contiguous(), f"{weight.name} transposed")
-    columns = build.weights[weight.name].shape[1]
-    return build.linear(node, source, Matrix(shape, (*shape[:-1], columns), name, prod(shape[:-1])))
 
 
 @register_rule(*(f"aten.conv{d}d.{kind}" for d in (1, 2, 3) for kind in ("default", "padding")))
@@ -128,10 +90,10 @@ def batch_norm(node: Node, build: Builder) -> int:
     return _channel_scale(node, build, x, weight, variance=variance, eps=float(eps))
 
 
-@register_rule("aten._native_batch_norm_legit_no_training.default")
-def native_batch_norm(node: Node, build: Builder) -> int:
+@part_rule("aten._native_batch_norm_legit_no_training.default")
+def native_batch_norm(whole: Node, node: Node, build: Builder) -> int:
     """The same, as the functional form of the graph names it."""
-    x, weight, _, _, variance, _, eps = node.args[:7]
+    x, weight, _, _, variance, _, eps = whole.args[:7]
     return _channel_scale(node, build, x, weight, variance=variance, eps=float(eps))
 
 

@@ -67,17 +67,19 @@ def average_pool(node: Node, build: Builder) -> int:
 
 @register_rule(*(f"aten.adaptive_avg_pool{d}d.default" for d in (1, 2, 3)), "aten._adaptive_avg_pool2d.default")
 def adaptive_average_pool(node: Node, build: Builder) -> int:
-    """The matrix of one channel."""
+    """The mean of all positions, or the matrix of one channel."""
     _require_images(node, build)
-    return _by_matrix(node, build, build.source(node.args[0], node), build.shape(node.args[0]))
+    source, shape = build.source(node.args[0], node), build.shape(node.args[0])
+    if prod(node.sample_shape[1:]) > 1:
+        return _by_matrix(node, build, source, shape)
+    size = prod(shape[1:])
+    name = build.constant(torch.full((1, size), 1 / size, dtype=torch.float64), "mean")
+    return build.linear(node, source, Matrix(shape, node.sample_shape, name, shape[0], rounded=1))
 
 
 def _by_matrix(node: Node, build: Builder, source: int, shape: tuple[int, ...]) -> int:
     """The same map on every channel, from a run on the basis of one channel: each entry is one rounded quotient."""
     size = prod(shape[1:])
-    if prod(node.sample_shape[1:]) == 1:
-        name = build.constant(torch.full((1, size), 1 / size, dtype=torch.float64), "mean")
-        return build.linear(node, source, Matrix(shape, node.sample_shape, name, shape[0], rounded=1))
     if size > _LARGEST_MATRIX:
         raise unsupported(node, f"its windows differ, and {size} positions are too many for their matrix")
     basis = torch.eye(size, dtype=torch.float64).reshape(size, 1, *shape[1:])
@@ -185,6 +187,23 @@ def interpolation(node: Node, build: Builder) -> int:
     columns = float(pull(out)[0].max())
     constant = rounding.sqrt_up(rounding.mul_up(columns, 1 + 1e-9))
     return build.opaque(node, (build.source(node.args[0], node),), constant, "interpolation: row and column sums")
+
+
+@register_rule(
+    "aten.upsample_bicubic2d.vec", "aten._upsample_bicubic2d_aa.vec", "aten._upsample_bilinear2d_aa.vec",
+)  # fmt: skip
+def signed_interpolation(node: Node, build: Builder) -> int:
+    """`sqrt(|A|_1 |A|_inf)` of the interpolation's matrix on one channel, whose entries may be negative."""
+    _require_images(node, build)
+    shape = build.shape(node.args[0])
+    size = prod(shape[1:])
+    if size > _LARGEST_MATRIX:
+        raise unsupported(node, f"{size} positions are too many for its matrix")
+    basis = torch.eye(size, dtype=torch.float64).reshape(size, 1, *shape[1:])
+    matrix = node.function(basis, *node.args[1:], **node.kwargs).reshape(size, -1).abs()
+    sums = rounding.mul_up(float(matrix.sum(0).max()), float(matrix.sum(1).max()), 1 + 1e-9)
+    reason = "interpolation: row and column sums"
+    return build.opaque(node, (build.source(node.args[0], node),), rounding.sqrt_up(sums), reason)
 
 
 def _require_images(node: Node, build: Builder) -> None:

@@ -176,10 +176,13 @@ def program_of(graph: Graph, *, split: bool = True) -> Program:
             raise unsupported(node, "the operation is not known")
         build.at[node.name] = _RULES[node.op](node, build)
         origins += [node.name] * (len(build.steps) - len(origins))
-    missing = [name for name in graph.outputs if name not in build.at]
-    if missing:
-        raise UnsupportedLayerError(f"the output {missing[0]!r} does not depend on an input that may be varied")
-    return _without_unread(build.steps, [build.at[n] for n in graph.outputs], build.constants, origins)
+    outputs = [build.at[name] for name in graph.outputs if name in build.at]
+    if not outputs:
+        raise UnsupportedLayerError(
+            f"the output {graph.outputs[0]!r} does not depend on an input that may be varied: integers are not; where "
+            "the inputs are tokens, bound the model from their embeddings on"
+        )
+    return _without_unread(build.steps, outputs, build.constants, origins)
 
 
 def _without_unread(steps: list[Step], outputs: list[int], constants: dict[str, Tensor], origins: list[str]) -> Program:

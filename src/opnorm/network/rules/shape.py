@@ -11,7 +11,7 @@ from opnorm.certificate.network.maps import Gather
 from opnorm.certificate.network.program import Concat, Linear
 from opnorm.graph import Node, Ref, Weight
 from opnorm.graph.batch import filled
-from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
+from opnorm.network.rules.registry import Builder, label, references, register_rule, unsupported
 
 _MOVES = (
     "view.default", "_unsafe_view.default", "reshape.default", "flatten.using_ints", "unflatten.int",
@@ -23,8 +23,16 @@ _MOVES = (
     "upsample_nearest1d.default", "upsample_nearest2d.default", "upsample_nearest3d.default",
     "constant_pad_nd.default", "reflection_pad1d.default", "reflection_pad2d.default", "replication_pad1d.default",
     "replication_pad2d.default", "pad.default", "diagonal.default", "view_as.default", "index_select.default",
-    "ravel.default", "moveaxis.int", "movedim.intlist", "unfold.default", "im2col.default",
+    "ravel.default", "moveaxis.int", "movedim.intlist", "unfold.default", "im2col.default", "tril.default",
+    "triu.default", "fliplr.default", "flipud.default", "rot90.default", "adjoint.default", "atleast_1d.default",
+    "atleast_2d.default", "atleast_3d.default", "broadcast_to.default", "index.Tensor", "gather.default",
+    "take_along_dim.default", "diag_embed.default", "_upsample_nearest_exact1d.vec", "_upsample_nearest_exact2d.vec",
+    "_upsample_nearest_exact3d.vec", "reflection_pad3d.default", "replication_pad3d.default", "swapdims.int",
 )  # fmt: skip
+
+
+_SHAPED_AS = frozenset({"aten.expand_as.default", "aten.view_as.default"})
+"""What a second tensor gives is its shape."""
 
 
 @register_rule(*(f"aten.{name}" for name in _MOVES))
@@ -102,9 +110,13 @@ def one_sample(node: Node, result: Tensor, size: int) -> Tensor:
 
 def _run(operation: Node, build: Builder, values: dict[str, Tensor], node: Node) -> Any:
     """Run an operation on numbered elements, with zeros where it would fill in constants."""
+    name = operation.op
+    others = [other for other in references(operation) if other not in values]
+    if others and name not in _SHAPED_AS:
+        raise unsupported(node, "its indices depend on the inputs")
+    values = values | {other: torch.zeros(build.graph[other].shape, dtype=torch.float64) for other in others}
     args = list(filled(operation.args, values, build.weights))
     kwargs = {k: filled(v, values, build.weights) for k, v in operation.kwargs.items() if k != "value"}
-    name = operation.op
     function = torch.reshape if name in ("aten.view.default", "aten._unsafe_view.default") else operation.function
     if name in ("aten.pad.default", "aten.constant_pad_nd.default"):
         keep = 3 if name == "aten.pad.default" else 2
@@ -139,24 +151,65 @@ def cat(node: Node, build: Builder) -> int:
         shapes = tuple(build.shape(p) for p in parts)
         sources = tuple(build.source(p, node) for p in parts)
         return joined(node, build, sources, shapes, axis=along, shape=node.sample_shape)
-    values: dict[str, Tensor] = {}
-    sizes = [prod(build.shape(p)) for p in varied]
+    return picked(node, build)
+
+
+_MASKED = {"aten.masked_fill_.Scalar": 2, "aten.fill_.Scalar": 1}
+"""Where the constant is that is written."""
+
+
+def _choosing(node: Node) -> list[Any]:
+    """The masks and indices among the arguments."""
+    name = node.op.split(".")[1].removesuffix("_")
+    if name == "index_put":
+        return list(node.args[1])
+    return list({"where": node.args[:1], "masked_fill": node.args[1:2]}.get(name, ()))
+
+
+@register_rule(
+    "aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.slice_scatter.default",
+    "aten.select_scatter.default", "aten.copy.default", "aten.copy_.default", "aten.index_put.default",
+    "aten.masked_fill_.Tensor", "aten.fill_.Tensor", "aten.dstack.default", "aten.column_stack.default",
+    "aten.concatenate.default", "aten.vstack.default", *_MASKED,
+)  # fmt: skip
+def picked(node: Node, build: Builder) -> int:
+    """Each result is one element of one of several tensors, or a constant: read off from a run on numbered elements."""
+    varied = [name for name in dict.fromkeys(references(node)) if name in build.at]
+    sizes = [prod(build.graph[name].sample_shape) for name in varied]
     total, start = sum(sizes), 0
-    for part, size in zip(varied, sizes, strict=True):
-        before = build.graph[part.name]
+    values: dict[str, Tensor] = {}
+    for name, size in zip(varied, sizes, strict=True):
+        before = build.graph[name]
         first = torch.arange(start + 1, start + size + 1, dtype=torch.float64)
-        values[part.name] = before.batched(torch.stack([first, first + total]).reshape(2, *before.sample_shape))
+        values[name] = before.batched(torch.stack([first, first + total]).reshape(2, *before.sample_shape))
         start += size
-    filled_parts = [
-        values[p.name]
-        if isinstance(p, Ref) and p.name in values
-        else torch.zeros(_shape(p, build), dtype=torch.float64)
-        for p in parts
-    ]
-    index = one_sample(node, node.function(filled_parts, *node.args[1:], **node.kwargs), total)
+    if any(isinstance(argument, Ref) for argument in _choosing(node)):
+        raise unsupported(node, "what it chooses depends on the inputs")
+    numbers = list(node.args)
+    if node.op.startswith("aten.where"):
+        numbers = [0.0 if isinstance(a, int | float) else a for a in numbers]
+    elif node.op in _MASKED:
+        numbers[_MASKED[node.op]] = 0.0
+    args = [_numbered(a, values, build) for a in numbers]
+    kwargs = {k: _numbered(a, values, build) for k, a in node.kwargs.items()}
+    index = one_sample(node, node.function(*args, **kwargs), total)
+    sources = tuple(build.at[name] for name in varied)
     flat = tuple((size,) for size in sizes)
-    sources = tuple(build.source(p, node) for p in varied)
     return gathered(node, build, joined(node, build, sources, flat, axis=0, shape=(total,)), index, (total,))
+
+
+def _numbered(argument: Any, values: dict[str, Tensor], build: Builder) -> Any:
+    """An argument with numbered elements for what varies, zeros for other numbers, and stored masks and indices."""
+    if isinstance(argument, Ref) and argument.name in values:
+        return values[argument.name]
+    if isinstance(argument, Ref):
+        return torch.zeros(build.graph[argument.name].shape, dtype=torch.float64)
+    if isinstance(argument, Weight):
+        weight = build.weights[argument.name]
+        return torch.zeros(weight.shape, dtype=torch.float64) if weight.is_floating_point() else weight
+    if isinstance(argument, list | tuple):
+        return type(argument)(_numbered(part, values, build) for part in argument)
+    return argument
 
 
 def joined(
@@ -183,9 +236,3 @@ def _root(build: Builder, position: int) -> tuple[int, Tensor]:
     if isinstance(step, Linear) and isinstance(step.map, Gather):
         return step.sources[0], build.constants[step.map.index]
     return position, torch.arange(step.size)
-
-
-def _shape(argument: Any, build: Builder) -> tuple[int, ...]:
-    if isinstance(argument, Weight):
-        return tuple(build.weights[argument.name].shape)
-    return build.graph[argument.name].shape

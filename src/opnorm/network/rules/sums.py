@@ -10,6 +10,7 @@ from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.maps import Scale
 from opnorm.certificate.network.program import Elementwise, Sum, slopes
 from opnorm.graph import Node, Ref, Weight
+from opnorm.network.rules.handwritten import gated, normalised
 from opnorm.network.rules.linear import scaled
 from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
 from opnorm.network.rules.shape import broadcast
@@ -59,6 +60,11 @@ def multiply(node: Node, build: Builder) -> int:
         return scaled(node, build, left, right)
     if isinstance(right, Ref) and right.name not in build.at:
         return _times_label(node, build, left, right)
+    for x, inverse in ((left, right), (right, left)):
+        if (whole := normalised(node, build, x, inverse, inverse=True)) is not None:
+            return whole
+    if build.split and (whole := gated(node, build)) is not None:
+        return whole
     return _product(node, build, left, right)
 
 
@@ -103,6 +109,8 @@ def divide(node: Node, build: Builder) -> int:
         values = build.tensor(divisor)
     elif _is_softsign(x, divisor, build):
         return build.elementwise(node, source, activation_slopes("softsign", (), "", {}), kind="softsign")
+    elif (whole := normalised(node, build, x, divisor)) is not None:
+        return whole
     else:
         positions = (source, build.source(divisor, node))
         return build.opaque(node, positions, float("inf"), "a quotient of two varying tensors has unbounded slopes")
