@@ -168,7 +168,8 @@ def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, dep
     y, lengths = normalised(_gather(table, whole, _phases(table.positions, omega.flatten(0, 1)[:, None])))
     gains = (lengths * scale)[:, 0, 0].reshape(omega.shape[:2])
     winner = gains.argmax(-1)[:, None, None]  # shape: (blocks, 1, 1)
-    best = y.unflatten(0, omega.shape[:2]).gather(1, winner[..., None].expand(-1, 1, y.shape[1], held))[:, 0]
+    apart = y.reshape(*omega.shape[:2], -1, held)
+    best = apart.gather(1, winner[..., None].expand(-1, 1, y.shape[1], held))[:, 0]
     others = torch.where(winner == 0, block.y[..., held:], block.y[..., : width - held])
     return Block(
         torch.cat([best, others], -1)[..., :width],
@@ -210,12 +211,12 @@ def _space(table: Tables, matrices: Tensor, y: Tensor, phases: Tensor, depth: in
 
 def _apart(columns: Tensor, count: int) -> Tensor:
     """The vectors of each frequency on their own: (blocks, n, count * k) -> (blocks * count, n, k)."""
-    return columns.unflatten(-1, (count, -1)).transpose(1, 2).flatten(0, 1)
+    return columns.reshape(*columns.shape[:2], count, -1).transpose(1, 2).flatten(0, 1)
 
 
 def _together(y: Tensor, blocks: int) -> Tensor:
     """The inverse of `_apart`."""
-    return y.unflatten(0, (blocks, -1)).transpose(1, 2).flatten(2)
+    return y.reshape(blocks, -1, *y.shape[1:]).transpose(1, 2).flatten(2)
 
 
 def home(view: View, block: Block) -> Block:

@@ -37,8 +37,8 @@ DEPTH = 2
 WHOLE_EVERY = 8
 """Later, vectors other than the first, scouts and the frequency move at every eighth value only."""
 
-ADAPTIVE_TOLERANCE = 1e-4
-ADAPTIVE_LEAST, ADAPTIVE_MOST = 4, 12
+ADAPTIVE_TOLERANCE = 5e-5
+ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
 
 
 def _no_transforms() -> AbstractContextManager[object]:
