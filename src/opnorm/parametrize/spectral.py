@@ -32,10 +32,10 @@ NEW, YOUNG = 20, 100
 of Adam add a large new direction, which one power iteration a step meets ten steps late."""
 
 DEPTH = 2
-"""Of the Krylov space for a new weight, and for the whole steps of an old one; between them it is one."""
+"""Of the Krylov space for a new weight and in adaptive mode; afterwards it is one."""
 
-WHOLE_EVERY = 8
-"""Later, vectors other than the first, scouts and the frequency move at every eighth value only."""
+WHOLE_EVERY, CONV_WHOLE_EVERY = 2, 6
+"""Later, vectors other than the first, scouts and the frequency move at some values only."""
 
 ADAPTIVE_TOLERANCE = 5e-5
 ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
@@ -297,8 +297,9 @@ class SpectralNormalization(nn.Module):
         if adaptive and self.view.frequencies:
             return frequencies.sweep(self.view, matrices, block, DEPTH)
         self._turn += 1
-        turn, rest = divmod(self._turn, WHOLE_EVERY) if old else (self._turn, 0)
-        depth = DEPTH if adaptive or old or self._age <= NEW else 1
+        every = CONV_WHOLE_EVERY if self.view.frequencies else WHOLE_EVERY
+        turn, rest = divmod(self._turn, every) if old else (self._turn, 0)
+        depth = DEPTH if adaptive or self._age <= NEW else 1
         if not self.view.frequencies:
             return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, depth)
         if rest:
