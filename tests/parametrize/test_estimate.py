@@ -200,8 +200,8 @@ def true_norm(layer, count=10):
 
 AGREEMENT = {
     "discriminator": (discriminator, (3, 32, 32), 1, {10: 0.05, 100: 0.01}, 0),
-    "discriminator, adaptive": (discriminator, (3, 32, 32), "adaptive", {3: 1e-3, 14: 1e-3, 20: 1e-3}, 0),
-    "discriminator, adaptive, seed 1": (discriminator, (3, 32, 32), "adaptive", {10: 1e-3, 17: 1e-3, 20: 1e-3}, 1),
+    "discriminator, adaptive": (discriminator, (3, 32, 32), "adaptive", {14: 1e-3, 20: 1e-3}, 0),
+    "discriminator, adaptive, seed 1": (discriminator, (3, 32, 32), "adaptive", {17: 1e-3}, 1),
     "narrow discriminator, adaptive": (partial(discriminator, width=8), (3, 32, 32), "adaptive", {18: 1e-3}, 2),
     "mlp": (mlp, (256,), 1, {5: 0.05, 10: 0.05, 20: 0.05, 100: 0.01}, 0),
     "mlp, adaptive": (mlp, (256,), "adaptive", {3: 1e-3, 10: 1e-3, 20: 1e-3}, 0),
