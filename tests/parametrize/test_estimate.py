@@ -1,6 +1,7 @@
 """The training estimate: of the true operator, converged at registration, close while training, with its gradient."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -158,16 +159,14 @@ def _key(rule, raw):
     return values.key(raw, rule._epoch)
 
 
-def discriminator(wrap):
-    torch.manual_seed(0)
+def discriminator(wrap, width=16):
     layers = []
-    for c_in, c_out in ((3, 16), (16, 32), (32, 64)):
+    for c_in, c_out in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
         layers += [wrap(nn.Conv2d(c_in, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, wrap(nn.Conv2d(64, 1, 4)))
+    return nn.Sequential(*layers, wrap(nn.Conv2d(4 * width, 1, 4)))
 
 
 def mlp(wrap):
-    torch.manual_seed(0)
     layers = [module for _ in range(3) for module in (wrap(nn.Linear(256, 256)), nn.ReLU())]
     return nn.Sequential(*layers, wrap(nn.Linear(256, 10)))
 
@@ -200,25 +199,21 @@ def true_norm(layer, count=10):
 
 
 AGREEMENT = {
-    "discriminator": (discriminator, (3, 32, 32), 1, {10: 0.05, 100: 0.01}),
-    "discriminator, adaptive": (discriminator, (3, 32, 32), "adaptive", {3: 1e-3, 10: 1e-3}),
-    "discriminator, adaptive, later": (discriminator, (3, 32, 32), "adaptive", {20: 1e-3}),
-    "mlp": (mlp, (256,), 1, {10: 0.05, 100: 0.01}),
-    "mlp, adaptive": (mlp, (256,), "adaptive", {3: 1e-3, 10: 1e-3, 20: 1e-3}),
+    "discriminator": (discriminator, (3, 32, 32), 1, {10: 0.05, 100: 0.01}, 0),
+    "discriminator, adaptive": (discriminator, (3, 32, 32), "adaptive", {14: 1e-3, 20: 1e-3}, 0),
+    "discriminator, adaptive, seed 1": (discriminator, (3, 32, 32), "adaptive", {17: 1e-3}, 1),
+    "narrow discriminator, adaptive": (partial(discriminator, width=8), (3, 32, 32), "adaptive", {18: 1e-3}, 2),
+    "mlp": (mlp, (256,), 1, {5: 0.05, 10: 0.05, 20: 0.05, 100: 0.01}, 0),
+    "mlp, adaptive": (mlp, (256,), "adaptive", {3: 1e-3, 10: 1e-3, 20: 1e-3}, 0),
+    "mlp, adaptive, seed 1": (mlp, (256,), "adaptive", {3: 1e-3, 10: 1e-3, 20: 1e-3}, 1),
 }
 
 
-NOT_YET = pytest.mark.xfail(
-    reason="up to 0.6 %, as rounding has it: a maximum at another frequency overtakes and is met late", strict=False
-)
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=NOT_YET) if case.endswith("later") else case for case in AGREEMENT]
-)
+@pytest.mark.parametrize("case", AGREEMENT)
 def test_training_divides_by_the_true_norm(case):
     """Adam 2e-4 on new noise in every step, as in a GAN: the first steps add a large new singular direction."""
-    build, in_shape, iterations, allowed = AGREEMENT[case]
+    build, in_shape, iterations, allowed, seed = AGREEMENT[case]
+    torch.manual_seed(seed)
     net = build(lambda layer: opnorm.spectral_norm(layer, n_power_iterations=iterations))
     optimizer = torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999))
     gaps = {}

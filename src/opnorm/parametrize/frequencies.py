@@ -17,6 +17,7 @@ from opnorm.parametrize.blocks import (
     Block,
     Triple,
     iterate,
+    krylov,
     multiply,
     normalised,
     random_like,
@@ -26,7 +27,7 @@ from opnorm.parametrize.blocks import (
 )
 from opnorm.parametrize.views import View
 
-SCOUTS_A_STEP = 4
+SCOUTS_A_STEP = 16
 _AT_ONCE = 64
 _SCALES = (0.5, 0.2, 0.08, 0.03, 0.012, 0.005, 0.002, 0.0008, 0.0003, 0.0001, 0.00003)
 """Steps of the search for a frequency, in units of the grid; the last decides the precision of the gradient."""
@@ -114,21 +115,21 @@ def _phases(positions: Tensor, omega: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def step(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
-    """Advance the tracked vectors and their frequency by one iteration and return the best triple that they hold.
+def step(view: View, matrices: Tensor, block: Block, depth: int = 1) -> tuple[Block, Triple]:
+    """Advance the tracked vectors, in their Krylov space of that depth, and then their frequency.
 
-    `matrices` has shape (blocks, rows, columns * taps).
+    `matrices` has shape (blocks, rows, columns * taps). Returns the best triple that the vectors hold.
     """
     table = tables(view, block.omega.dtype, block.omega.device)
     here = block.omega[:, :1]
     phases = _phases(table.positions, here)  # shape: (blocks, 1, taps)
-    left = torch.linalg.qr(multiply(matrices, _spread(table, block.y, phases)))[0]
-    pulled, scale = scaled(multiply(matrices.mH, left))  # shape: (blocks, columns * taps, width)
-    rotation = ritz_rotation(_gather(table, pulled, phases))
-    left, pulled = left @ rotation[..., :1], pulled @ rotation
-    here = _moved(table, pulled[..., :1], here, phases, table.moves)
+    left, whole = _space(table, matrices, block.y, phases, depth)
+    whole, scale = scaled(whole)  # shape: (blocks, columns * taps, width * depth)
+    rotation = ritz_rotation(_gather(table, whole, phases))[..., : block.y.shape[-1]]
+    left, whole = left @ rotation[..., :1], whole @ rotation
+    here = _moved(table, whole[..., :1], here, phases, table.moves)
     phases = _phases(table.positions, here)
-    y, lengths = normalised(_gather(table, pulled, phases))
+    y, lengths = normalised(_gather(table, whole, phases))
     direction = _direction(left, _spread(table, y[..., :1], phases), matrices)
     return (
         Block(y, torch.cat([here, block.omega[:, 1:]], 1), block.scouts),
@@ -150,44 +151,94 @@ def follow(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
     )
 
 
-def scout(view: View, matrices: Tensor, block: Block, first: int, last: int) -> Block:
+def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, depth: int = 1) -> Block:
     """Advance some of the scouts; the best vectors, wherever they were found, become the tracked ones."""
     table = tables(view, block.omega.dtype, block.omega.device)
+    held, width = block.scouts.shape[-1] // max(len(table.grid), 1), block.y.shape[-1]
     omega = torch.cat([block.omega[:, :1], block.omega[:, 1 + first : 1 + last]], 1)
-    columns = torch.cat([block.y[..., :1], block.scouts[..., first:last]], -1)
-    phases = _phases(table.positions, omega)
-    left = unit_columns(multiply(matrices, _spread(table, columns, phases)))
-    pulled, _ = scaled(multiply(matrices.mH, left))
-    moved = _moved(table, pulled, omega, phases, table.nearby)
+    columns = torch.cat([block.y[..., :held], block.scouts[..., held * first : held * last]], -1)
+    here = omega.flatten(0, 1)[:, None]  # shape: (blocks * frequencies, 1, axes)
+    phases = _phases(table.positions, here)
+    _, whole = _space(table, matrices, _apart(columns, omega.shape[1]), phases, depth)
+    whole, scale = scaled(whole)
+    whole = whole @ ritz_rotation(_gather(table, whole, phases))[..., :held]
+    moved = _moved(table, whole[..., :1], here, phases, table.nearby).reshape(omega.shape)
     far = ((moved[:, 1:] - table.grid[first:last]).abs() > table.reach).any(-1, keepdim=True)
     omega = torch.cat([moved[:, :1], torch.where(far, omega[:, 1:], moved[:, 1:])], 1)
-    advanced, lengths = normalised(_gather(table, pulled, _phases(table.positions, omega)))
-    winner = lengths.argmax(-1, keepdim=True)  # shape: (blocks, 1, 1)
-    here = omega.gather(1, winner.expand(-1, -1, omega.shape[-1]))
-    seen, lengths = normalised(_gather(table, pulled, _phases(table.positions, here)))
-    width = block.y.shape[-1]
-    best = lengths.topk(min(2, width), -1)[1]
-    kept = seen.gather(-1, best.expand(-1, seen.shape[1], -1))
+    y, lengths = normalised(_gather(table, whole, _phases(table.positions, omega.flatten(0, 1)[:, None])))
+    gains = (lengths * scale)[:, 0, 0].reshape(omega.shape[:2])
+    winner = gains.argmax(-1)[:, None, None]  # shape: (blocks, 1, 1)
+    apart = y.reshape(*omega.shape[:2], -1, held)
+    best = apart.gather(1, winner[..., None].expand(-1, 1, y.shape[1], held))[:, 0]
+    others = torch.where(winner == 0, block.y[..., held:], block.y[..., : width - held])
     return Block(
-        torch.cat([kept, block.y[..., 1 : width - 1]], -1),
-        torch.cat([here, block.omega[:, 1 : 1 + first], omega[:, 1:], block.omega[:, 1 + last :]], 1),
-        torch.cat([block.scouts[..., :first], advanced[..., 1:], block.scouts[..., last:]], -1),
+        torch.cat([best, others], -1)[..., :width],
+        torch.cat(
+            [
+                omega.gather(1, winner.expand(-1, 1, omega.shape[-1])),
+                block.omega[:, 1 : 1 + first],
+                omega[:, 1:],
+                block.omega[:, 1 + last :],
+            ],
+            1,
+        ),
+        torch.cat(
+            [
+                block.scouts[..., : held * first],
+                _together(y, len(matrices))[..., held:],
+                block.scouts[..., held * last :],
+            ],
+            -1,
+        ),
     )
 
 
-def scouted(view: View, matrices: Tensor, block: Block, turn: int) -> Block:
+def _space(table: Tables, matrices: Tensor, y: Tensor, phases: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """The Krylov spaces at some frequencies for each block, and their images before the taps are added up."""
+    count = len(y) // len(matrices)
+
+    def through(matrix: Tensor, vectors: Tensor) -> Tensor:
+        return _apart(multiply(matrix, _together(vectors, len(matrices))), count)
+
+    return krylov(
+        lambda y: through(matrices, _spread(table, y, phases)),
+        lambda x: through(matrices.mH, x),
+        y,
+        depth,
+        lambda image: _gather(table, image, phases),
+    )
+
+
+def _apart(columns: Tensor, count: int) -> Tensor:
+    """The vectors of each frequency on their own: (blocks, n, count * k) -> (blocks * count, n, k)."""
+    return columns.reshape(*columns.shape[:2], count, -1).transpose(1, 2).flatten(0, 1)
+
+
+def _together(y: Tensor, blocks: int) -> Tensor:
+    """The inverse of `_apart`."""
+    return y.reshape(blocks, -1, *y.shape[1:]).transpose(1, 2).flatten(2)
+
+
+def home(view: View, block: Block) -> Block:
+    """Send the scouts back to their places: those that met at one maximum look all over again."""
+    grid = tables(view, block.omega.dtype, block.omega.device).grid
+    places = grid.expand(len(block.omega), -1, -1)
+    return Block(block.y, torch.cat([block.omega[:, :1], places], 1), block.scouts)
+
+
+def scouted(view: View, matrices: Tensor, block: Block, turn: int, depth: int = 1) -> Block:
     """Advance the scouts whose turn it is."""
-    total = block.scouts.shape[-1]
-    first = turn * SCOUTS_A_STEP % max(total, 1)
-    return scout(view, matrices, block, first, min(first + SCOUTS_A_STEP, total))
+    total = block.omega.shape[1] - 1
+    first = turn % -(-total // SCOUTS_A_STEP) * SCOUTS_A_STEP
+    return scout(view, matrices, block, first, min(first + SCOUTS_A_STEP, total), depth)
 
 
-def sweep(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
+def sweep(view: View, matrices: Tensor, block: Block, depth: int = 1) -> tuple[Block, Triple]:
     """Advance all scouts and the tracked vectors."""
-    total = block.scouts.shape[-1]
+    total = block.omega.shape[1] - 1
     for first in range(0, total, _AT_ONCE):
-        block = scout(view, matrices, block, first, min(first + _AT_ONCE, total))
-    return step(view, matrices, block)
+        block = scout(view, matrices, block, first, min(first + _AT_ONCE, total), depth)
+    return step(view, matrices, block, depth)
 
 
 def _moved(table: Tables, pulled: Tensor, omega: Tensor, phases: Tensor, moves: Moves) -> Tensor:
@@ -236,7 +287,7 @@ def _gather(table: Tables, z: Tensor, phases: Tensor) -> Tensor:
 
 
 def converge(
-    view: View, matrices: Tensor, width: int, *, tolerance: float = 1e-4, most: int = 60
+    view: View, matrices: Tensor, width: int, held: int = 1, *, tolerance: float = 1e-4, most: int = 60
 ) -> tuple[Block, Triple]:
     """Start afresh and iterate until the gain stops growing; the start depends on nothing but the shape.
 
@@ -247,7 +298,8 @@ def converge(
     table = tables(view, real, matrices.device)
     columns = total // view.taps * table.classes
     width = min(width, rows, columns)
-    y = random_like(matrices, (blocks, columns, width + len(table.grid)), as_complex=True)
+    held = min(held, width)
+    y = random_like(matrices, (blocks, columns, width + held * len(table.grid)), as_complex=True)
     omega = torch.cat([torch.zeros_like(table.grid[:1]), table.grid]).expand(blocks, -1, -1)
     block = Block(torch.linalg.qr(y[..., :width])[0], omega, unit_columns(y[..., width:]))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opnorm.operators import Conv, ConvTranspose, LinearOperator
-from opnorm.parametrize.blocks import Block, Triple, normalised, random_like, ritz_rotation, scaled
+from opnorm.parametrize.blocks import Block, Triple, krylov, normalised, random_like, ritz_rotation, scaled
 from opnorm.parametrize.views import View, with_weight
 
 
@@ -20,13 +20,17 @@ def start(view: View, weight: Tensor, width: int) -> Block:
     return Block(torch.linalg.qr(y)[0], y.real[:, :0, 0], y[..., :0])
 
 
-def step(view: View, weight: Tensor, block: Block) -> tuple[Block, Triple]:
-    """Advance the samples by one block power iteration; the direction is the gradient of the gain, in full."""
+def step(view: View, weight: Tensor, block: Block, depth: int = 1) -> tuple[Block, Triple]:
+    """Advance the samples in their Krylov space of that depth; the direction is the gradient of the gain, in full."""
     operator = with_weight(view.template, weight)
-    images = _columns(operator.apply(_samples(block.y, operator.in_shape)))
-    left = torch.linalg.qr(images)[0]
-    pulled, scale = scaled(_columns(operator.adjoint(_samples(left, operator.out_shape))))
-    rotation = ritz_rotation(pulled)
+    left, pulled = krylov(
+        lambda y: _columns(operator.apply(_samples(y, operator.in_shape))),
+        lambda x: _columns(operator.adjoint(_samples(x, operator.out_shape))),
+        block.y,
+        depth,
+    )
+    pulled, scale = scaled(pulled)
+    rotation = ritz_rotation(pulled)[..., : block.y.shape[-1]]
     y, lengths = normalised(pulled @ rotation)
     left = left @ rotation[..., :1]
     slope = _weight_gradient(

@@ -19,23 +19,26 @@ from opnorm.parametrize.views import View
 
 Iterations = int | Literal["adaptive"]
 
-WIDTH = 8
-"""Vectors in the block of a matrix: at one iteration a step, 8 follow a weight ten times closer than one."""
+WIDTH = 4
+"""Vectors in a block; a matrix with no more than `SMALL` rows or columns is held in full."""
 
-CONV_WIDTH = 4
-"""Vectors at the frequency of a convolution, which scouts at other frequencies add to."""
+SMALL = 16
 
-YOUNG = 100
-"""Values of a weight, from registration or a fresh start, in which the estimate makes more iterations: the first steps
-of Adam add a large new direction, which one iteration a step meets ten steps late."""
+SCOUT_WIDTH, ADAPTIVE_SCOUT_WIDTH = 2, 3
+"""Vectors at every other frequency of a convolution: the second is there when it overtakes the first."""
 
-YOUNG_ITERATIONS = 4
+NEW, YOUNG = 20, 100
+"""Values of a weight, from registration or a fresh start, in which the estimate is made with more care: the first steps
+of Adam add a large new direction, which one power iteration a step meets ten steps late."""
 
-WHOLE_EVERY = 4
-"""Later, vectors other than the first, scouts and the frequency move at every fourth value only."""
+DEPTH = 2
+"""Of the Krylov space for a new weight and in adaptive mode; afterwards it is one."""
 
-ADAPTIVE_TOLERANCE = 1e-4
-ADAPTIVE_LEAST, ADAPTIVE_MOST = 10, 24
+WHOLE_EVERY, CONV_WHOLE_EVERY = 2, 6
+"""Later, vectors other than the first, scouts and the frequency move at some values only."""
+
+ADAPTIVE_TOLERANCE = 5e-5
+ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
 
 
 def _no_transforms() -> AbstractContextManager[object]:
@@ -255,17 +258,21 @@ class SpectralNormalization(nn.Module):
         return self._triple
 
     def _converged(self, raw: Tensor) -> tuple[Block, Triple]:
+        if self.view.sampled:
+            block = sampled.start(self.view, raw, WIDTH)
+            return blocks.iterate(
+                lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=100, least=8
+            )
+        matrices = self.view.matrices(raw)
         if self.view.frequencies:
-            return frequencies.converge(self.view, self.view.matrices(raw), CONV_WIDTH)
-        if not self.view.sampled:
-            return blocks.converge(self.view.matrices(raw), WIDTH)
-        block = sampled.start(self.view, raw, WIDTH)
-        return blocks.iterate(
-            lambda block: self._step(raw, block), block, tolerance=ADAPTIVE_TOLERANCE, most=100, least=8
-        )
+            held = ADAPTIVE_SCOUT_WIDTH if self.iterations == "adaptive" else SCOUT_WIDTH
+            return frequencies.converge(self.view, matrices, WIDTH, held)
+        return blocks.converge(matrices, SMALL if min(matrices.shape[1:]) <= SMALL else WIDTH)
 
     def _advanced(self, raw: Tensor, dtype: torch.dtype) -> tuple[Block, Triple]:
         block = self._block(dtype)
+        if self.view.frequencies:
+            block = frequencies.home(self.view, block)
         if self.iterations == "adaptive":
             # Whether it has settled is a decision of the host.
             least = ADAPTIVE_MOST if on_device.host_waits(raw) else ADAPTIVE_LEAST
@@ -278,25 +285,27 @@ class SpectralNormalization(nn.Module):
             )
         self._age += 1
         # A count on the host, which no graph sees: nothing waits for it, and nothing compiles anew.
-        for _ in range(max(self.iterations, YOUNG_ITERATIONS if self._age <= YOUNG else 1)):
+        for _ in range(self.iterations):
             block, triple = self._step(raw, block)
         return block, triple
 
     def _step(self, raw: Tensor, block: Block) -> tuple[Block, Triple]:
+        adaptive, old = self.iterations == "adaptive", self._age > YOUNG
         if self.view.sampled:
-            return sampled.step(self.view, raw, block)
+            return sampled.step(self.view, raw, block, 1 if old else DEPTH)
         matrices = self.view.matrices(raw)
-        if self.iterations == "adaptive":
-            return (
-                frequencies.sweep(self.view, matrices, block) if self.view.frequencies else blocks.step(matrices, block)
-            )
+        if adaptive and self.view.frequencies:
+            return frequencies.sweep(self.view, matrices, block, DEPTH)
         self._turn += 1
-        turn, rest = (self._turn, 0) if self._age <= YOUNG else divmod(self._turn, WHOLE_EVERY)
+        every = CONV_WHOLE_EVERY if self.view.frequencies else WHOLE_EVERY
+        turn, rest = divmod(self._turn, every) if old else (self._turn, 0)
+        depth = DEPTH if adaptive or self._age <= NEW else 1
         if not self.view.frequencies:
-            return blocks.follow(matrices, block) if rest else blocks.step(matrices, block)
+            return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, depth)
         if rest:
             return frequencies.follow(self.view, matrices, block)
-        return frequencies.step(self.view, matrices, frequencies.scouted(self.view, matrices, block, turn))
+        block = frequencies.scouted(self.view, matrices, block, turn, depth)
+        return frequencies.step(self.view, matrices, block, depth)
 
     def _joined(self, triple: Triple) -> Triple:
         """Where the norm is the largest of the blocks', only the largest block's triple counts."""
