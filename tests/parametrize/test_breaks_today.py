@@ -236,9 +236,8 @@ def test_attention_projection():
         return attention.eval()
 
     theirs = trained(lambda attention: hook(attention.out_proj))
-    assert matrix_norm(theirs.out_proj.weight_orig) == matrix_norm(
-        seeded(lambda: nn.MultiheadAttention(16, 2)).out_proj.weight
-    ) or (matrix_norm(theirs.out_proj.weight) > 2)
+    # Its hook is never run: what it divides is neither trained nor divided.
+    assert theirs.out_proj.weight_orig.grad is None and matrix_norm(theirs.out_proj.weight) > 1.05
     found = trained(lambda attention: ours(attention, None))
     for weight in (*found.in_proj_weight.chunk(3), found.out_proj.weight):
         assert 1 - 1e-5 < matrix_norm(weight) <= 1.0
