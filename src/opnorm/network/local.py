@@ -75,7 +75,7 @@ def localise(
             doubt = centre_error(item, before, given, result, node=node, weights=weights, ceiling=ceiling)
             far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms)
             if last and item is new[-1] and result is not None and result.numel() == item.size:
-                far = far.within(value, doubt, *limits_of(step, reads, ranges.of(Ref(node.name)), ceiling, result))
+                far = far.within(result, doubt, *limits_of(step, reads, ranges.of(Ref(node.name)), ceiling, result))
             distances.append(far)
             errors.append(doubt)
             steps.append(item)
