@@ -43,8 +43,10 @@ def distance_of(
     weights: Weights,
     region: Around,
     norms: Callable[[LinearMap], float],
+    *,
+    ceiling: float,
 ) -> Distance:
-    """The distances of a step's result from those of what it reads."""
+    """The distances of a step's result, no element of which exceeds `ceiling` in size, from those of what it reads."""
     if isinstance(step, Input):
         return Distance(region.spread, region.radius)
     total = sources[0].total if len(sources) == 1 else math.hypot(*(s.total for s in sources)) * (1 + 1e-12)
@@ -62,7 +64,7 @@ def distance_of(
         return Distance.of(_times(steep, sources[0].each), rounding.mul_up(float(steep.max()), total))
     assert isinstance(step, Opaque)
     top = rounding.mul_up(step.constant, total)
-    return Distance.of(torch.full((step.size,), top, dtype=torch.float64), top)
+    return Distance.of(torch.full((step.size,), min(top, 2 * ceiling), dtype=torch.float64), top)
 
 
 def _times(factor: float | Tensor, each: Tensor) -> Tensor:

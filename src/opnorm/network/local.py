@@ -73,14 +73,20 @@ def localise(
         for item in new:
             ceiling, before = ceiling_of(item, reads), [errors[i] for i in item.sources]
             doubt = centre_error(item, before, given, result, node=node, weights=weights, ceiling=ceiling)
-            far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms)
+            far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms, ceiling=ceiling)
             if last and item is new[-1] and result is not None and result.numel() == item.size:
                 far = far.within(result, doubt, *limits_of(step, reads, ranges.of(Ref(node.name)), ceiling, result))
             distances.append(far)
             errors.append(doubt)
             steps.append(item)
         moved[position] = len(steps) - 1
-    return Program(tuple(steps), tuple(moved[i] for i in program.outputs), program.constants)
+    outputs = [moved[i] for i in program.outputs]
+    for number, at in enumerate(outputs):
+        if not bool((distances[at].each > 0).any()):
+            none = torch.zeros(steps[at].shape, dtype=torch.float64)
+            steps.append(Elementwise((at,), steps[at].shape, "constant on the region", none, none))
+            outputs[number] = len(steps) - 1
+    return Program(tuple(steps), tuple(outputs), program.constants)
 
 
 _SHARPENED = ("relu", "leaky_relu", "prelu", "sigmoid", "tanh")
