@@ -119,11 +119,13 @@ def lipschitz(
     pair = _settled(graph, example_input, pair, remarks=remarks)
     calculus = partial(calculus, seconds=seconds / 2, longest=longest / 2, target=_quotient(pair))
     local = localised(program_of(graph, split=False), graph, example_input, where)
-    plain = naive(local, graph.weights)
+    plain, plain_anywhere = naive(local, graph.weights), naive(program, graph.weights)
     best = calculus(local, remarks=remarks)
     anywhere = calculus(program, remarks=[])
     remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
     best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
+    if plain_anywhere.total < plain.total:
+        local, plain = program, plain_anywhere
     return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, on_region=True)
 
 

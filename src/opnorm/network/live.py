@@ -34,6 +34,8 @@ def require_live(program: Program, graph: Graph) -> None:
         for n, w in graph.weights.items()
     }
     other = program_of(Graph(graph.nodes, graph.inputs, graph.outputs, weights, graph.derived, graph.labels))
+    if len(other.steps) != len(program.steps):
+        raise _stale("a state that begins with zeros")
     pairs = zip(with_slopes(program, weights).steps, other.steps, strict=True)
     for one, two in pairs:
         if not (isinstance(one, Elementwise) and isinstance(two, Elementwise)):

@@ -125,7 +125,7 @@ def root_of_squares(values: Sequence[float]) -> float:
 
 
 def _square_up(ratio: float) -> float:
-    above = rounding.up(ratio)
+    above = rounding.up(ratio) if ratio else 0.0  # a constant network's bound is 0 itself
     return rounding.mul_up(above, above)
 
 

@@ -1,5 +1,6 @@
 """Regions of inputs on which a bound is to hold."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,8 +92,16 @@ def around(region: Region, shape: tuple[int, ...]) -> Around:
         raise ArgumentError("the box is empty: lo is above hi somewhere")
     center = (lo + hi) / 2
     spread = torch.maximum(hi - center, center - lo) * (1 + 4 * rounding.U) + 4 * rounding.U * center.abs()
-    radius = rounding.mul_up(float(spread.norm()), 1 + rounding.gamma(size + 8))
-    return Around(center, radius, spread)
+    return Around(center, norm_up(spread), spread)
+
+
+def norm_up(values: Tensor) -> float:
+    """An upper bound of the Euclidean norm of non-negative numbers of any size; 0 only for zeros."""
+    top = float(values.max()) if values.numel() else 0.0
+    if top == 0.0 or math.isinf(top):
+        return top
+    root = float((values / top).norm()) * (1 + rounding.gamma(values.numel() + 12))
+    return rounding.mul_up(top, root)
 
 
 def _positive(radius: float) -> float:

@@ -242,14 +242,20 @@ def dense_chain(
     width = sum(program.steps[i].size for i in program.inputs)
     _require(width, limit)
     rows: dict[int, Rows] = {}
+    waiting = first_of_two(program)
+    slopes = dict(slopes or {})
     start = 0
     stages: list[Stage] = []
     for position, step in enumerate(program.steps):
         if isinstance(step, Input):
             rows[position] = _slice_of_identity(width, start, step.size)
             start += step.size
+        elif position in waiting:
+            assert isinstance(step, Elementwise)
+            rows[position] = rows[step.sources[0]]
+            slopes[waiting[position]] = composite(program, position, waiting[position], slopes)
         elif isinstance(step, Elementwise | Opaque):
-            stage, rows = _stage(program, position, rows, last, limit=limit, local=(slopes or {}).get(position))
+            stage, rows = _stage(program, position, rows, last, limit=limit, local=slopes.get(position))
             stages.append(stage)
         else:
             _require(step.size, limit)
@@ -257,6 +263,46 @@ def dense_chain(
             rows[position] = affine_rows(step, [rows[i] for i in step.sources], weights)
         rows = {i: r for i, r in rows.items() if last[i] > position or isinstance(program.steps[i], Input)}
     return Chain(width, tuple(stages), stacked([rows[i] for i in program.outputs]))
+
+
+def first_of_two(program: Program) -> dict[int, int]:
+    """Elementwise functions that one other elementwise function alone reads, such as a gate and its factor, and which.
+
+    Both are one function, whose slopes are products of theirs: it takes one stage instead of two.
+    """
+    readers = program.readers()
+    pairs = {
+        position: readers[position][0]
+        for position, step in enumerate(program.steps)
+        if isinstance(step, Elementwise) and len(readers[position]) == 1 and position not in program.outputs
+    }
+    return {first: second for first, second in pairs.items() if isinstance(program.steps[second], Elementwise)}
+
+
+def composite(
+    program: Program, first: int, second: int, slopes: dict[int, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The slopes of two functions, one after the other: between the smallest and the largest product, rounded outward.
+
+    Args:
+        program: with both.
+        first: position of the inner one.
+        second: position of the outer one.
+        slopes: those that hold instead of the steps' own, by position.
+    """
+    ends = []
+    for position in (first, second):
+        step = program.steps[position]
+        assert isinstance(step, Elementwise)
+        ends.append([per_element(e, step.shape) for e in slopes.get(position, (step.low, step.high))])
+    products = torch.stack([a * b for a in ends[0] for b in ends[1]])
+    low, high = products.amin(0), products.amax(0)
+    plain = torch.stack([(end == 0) | (end.abs() == 1) for end in ends[0] + ends[1]])
+    exact = plain[:2].all(0) | plain[2:].all(0)
+    low = torch.where(exact, low, low - low.abs() * (2 * rounding.U) - rounding.TINY)
+    high = torch.where(exact, high, high + high.abs() * (2 * rounding.U) + rounding.TINY)
+    shape = program.steps[second].shape
+    return low.reshape(shape), high.reshape(shape)
 
 
 def affine_rows(step: Step, parts: list[Rows], weights: Weights) -> Rows:

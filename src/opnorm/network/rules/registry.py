@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opnorm.certificate.network.maps import LinearMap
-from opnorm.certificate.network.program import Elementwise, Input, Linear, Opaque, Program, Step
+from opnorm.certificate.network.maps import LinearMap, Weighted
+from opnorm.certificate.network.program import Elementwise, Input, Linear, Opaque, Program, Step, Sum
 from opnorm.errors import UnsupportedLayerError
 from opnorm.graph import Graph, Node, Ref, Weight
 from opnorm.network.rules.ranges import Ranges
@@ -182,7 +182,31 @@ def program_of(graph: Graph, *, split: bool = True) -> Program:
             f"the output {graph.outputs[0]!r} does not depend on an input that may be varied: integers are not; where "
             "the inputs are tokens, bound the model from their embeddings on"
         )
-    return _without_unread(build.steps, outputs, build.constants, origins)
+    steps = _without_zeros(build.steps, {*graph.derived, *build.constants}, build.weights)
+    return _without_unread(steps, outputs, build.constants, origins)
+
+
+def _without_zeros(steps: list[Step], made: set[str], weights: dict[str, Tensor]) -> list[Step]:
+    """The steps with sums that leave out what is zero times something, such as a gate times the first state.
+
+    Only tensors that the forward or a rule makes are looked at: a stored weight may be zero now and not later.
+    """
+    zero: set[int] = set()
+    kept: list[Step] = []
+    for position, step in enumerate(steps):
+        rest = [i for i, source in enumerate(step.sources) if source not in zero]
+        names = step.map.names if isinstance(step, Linear) and isinstance(step.map, Weighted) else ()
+        nothing = bool(made.intersection(names)) and not any(bool(weights[name].any()) for name in names)
+        if nothing or (step.sources and not rest):
+            zero.add(position)
+        shorter = isinstance(step, Sum) and 0 < len(rest) < len(step.sources)
+        kept.append(_some_of(step, rest) if isinstance(step, Sum) and shorter else step)
+    return kept
+
+
+def _some_of(step: Sum, terms: list[int]) -> Sum:
+    sources = tuple(step.sources[i] for i in terms)
+    return replace(step, sources=sources, coefficients=tuple(step.coefficients[i] for i in terms))
 
 
 def _without_unread(steps: list[Step], outputs: list[int], constants: dict[str, Tensor], origins: list[str]) -> Program:
