@@ -1,15 +1,22 @@
 """Training and evaluation time of a step: plain, torch's two spectral norms, opnorm's.
 
-    python benchmarks/overhead.py            # prints a table, writes results/overhead.json
+    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about four minutes
 
-A step is forward, backward and Adam. All variants are timed in turns within one run, on one thread unless --threads
-says otherwise, so that a busy machine slows all of them; figures are medians over rounds, of the ratio to the plain
-step of the same round. opnorm makes more iterations for the first hundred values of a weight, a row of its own; the
-other rows of opnorm are what follows. deel-torchlip and orthogonium stand beside where they are installed.
+A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
+unless --threads says otherwise, so that a busy machine slows all of them. Every fourth step of opnorm does more, so
+four rounds are one measurement: its time over the plain one's in the same rounds; figures are medians of these. A
+second plain network shows what the differences between two equal networks are. opnorm makes more iterations for the
+first hundred values of a weight, a row of its own; the other rows of opnorm are what follows. deel-torchlip and
+orthogonium stand beside where they are installed, at the first batch size. They and adaptive take part in the first
+four rounds only, and in one step where that takes ten times the plain one's.
+
+In evaluation the plain networks hold the very tensors that opnorm hands out, as two networks of the same shape differ
+by a percent or two by where their weights lie in memory.
 """
 
 import argparse
 import importlib.util
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +29,10 @@ from torch import Tensor, nn
 import opnorm
 
 FIRST_VALUES = 100
+GROUP = 4
 SLOW = 10
 YOUNG = "opnorm, first 100 values"
+AGAIN = "plain, again"
 
 
 def mlp(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -53,6 +62,7 @@ def discriminator(wrap: Callable[[nn.Module], nn.Module], width: int = 64) -> nn
 
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda layer: layer,
+    AGAIN: lambda layer: layer,
     "torch parametrization": nn.utils.parametrizations.spectral_norm,
     "torch hook": nn.utils.spectral_norm,
     "opnorm": opnorm.spectral_norm,
@@ -110,46 +120,64 @@ def timed(step: Callable[[], object], repeats: int) -> float:
     return best
 
 
-def compare(
-    build: Callable[..., nn.Module], shape: tuple[int, ...], rounds: int, repeats: int, *, train: bool
-) -> dict[str, dict[str, float]]:
-    """Median over rounds of every variant's time relative to the plain one's in the same round."""
-    x = torch.randn(shape)
-    variants = {**VARIANTS, **others()}
-    if train:
-        models = {name: build(wrap).train() for name, wrap in variants.items()}
-    else:
-        for name in (YOUNG, "opnorm reshaped", "opnorm adaptive"):  # the same weight in another way
-            del variants[name]
-        models = {name: build(wrap).eval().requires_grad_(False) for name, wrap in variants.items()}
-        models["opnorm, folded"] = opnorm.fold(models["opnorm"])
+def training(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+    """A training step of every variant."""
     steps = {}
-    for name, model in models.items():
-        if train and name.startswith("opnorm") and name not in {YOUNG, "opnorm adaptive"}:
+    rivals = others() if len(x) in {32, 64} else {}
+    for name, wrap in {**VARIANTS, **rivals}.items():
+        model = build(wrap).train()
+        if name in {"opnorm", "opnorm reshaped"}:
             for _ in range(FIRST_VALUES + 1):
                 opnorm.update(model)
-        if train:
-            optimizer = torch.optim.Adam(model.parameters(), 2e-4)
-            steps[name] = lambda model=model, optimizer=optimizer: train_step(model, optimizer, x)
-        else:
-            steps[name] = lambda model=model: model(x)
-    ratios: dict[str, list[float]] = {name: [] for name in steps}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():  # proofs, caches and lazy initialisation
-        step()
-    first = {name: timed(step, 1) for name, step in steps.items()}
-    for name in [name for name in steps if first[name] > SLOW * first["plain"]]:
-        del steps[name]  # so much slower that one call says enough
-        ratios[name].append(first[name] / first["plain"] - 1)
-        seconds[name].append(first[name])
-    for _ in range(rounds):
-        times = {name: timed(step, repeats) for name, step in steps.items()}
-        for name, value in times.items():
-            ratios[name].append(value / times["plain"] - 1)
-            seconds[name].append(value)
+        optimizer = torch.optim.Adam(model.parameters(), 2e-4)
+        steps[name] = partial(train_step, model, optimizer, x)
+    return steps
+
+
+def evaluation(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+    """A forward of every variant."""
+    left_out = {"plain", AGAIN, YOUNG, "opnorm reshaped", "opnorm adaptive"}  # the same weight in another way
+    variants = {name: wrap for name, wrap in VARIANTS.items() if name not in left_out}
+    models = {name: build(wrap).eval().requires_grad_(False) for name, wrap in variants.items()}
+    plain = {name: on_the_same_memory(models["opnorm"]) for name in ("plain", AGAIN)}
+    models = {**plain, **models, "opnorm, folded": opnorm.fold(models["opnorm"])}
+    return {name: partial(model, x) for name, model in models.items()}
+
+
+def on_the_same_memory(model: nn.Sequential) -> nn.Module:
+    """The folded copy, with the very tensors that the layers hand out in evaluation."""
+    plain = opnorm.fold(model)
+    for layer, normalised in zip(plain, model, strict=True):
+        if hasattr(layer, "weight"):
+            chain = normalised.parametrizations.weight
+            layer.weight = nn.Parameter(chain[0].deployed(chain.original), requires_grad=False)
+            layer.bias = normalised.bias
+    return plain
+
+
+def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Every variant's time relative to the plain one's in the same rounds."""
+    first = {name: timed(step, 1) for name, step in steps.items()}  # proofs, caches and lazy initialisation
+    again = {
+        name: timed(step, 1) for name, step in steps.items() if first[name] < SLOW * first["plain"] or "opnorm" in name
+    }
+    few = {*OTHERS, "opnorm adaptive"}
+    sums: dict[str, list[float]] = {name: [] if name in again else [first[name]] for name in steps}
+    for done in range(rounds):
+        turns = [name for name in again if done < GROUP or name not in few]
+        random.shuffle(turns)
+        for name in turns:
+            seconds = timed(steps[name], repeats)
+            if done % GROUP == 0:
+                sums[name].append(0.0)
+            sums[name][-1] += seconds / GROUP
+    plain = sums["plain"]
     return {
-        name: {"seconds": statistics.median(seconds[name]), "overhead": statistics.median(ratios[name])}
-        for name in ratios
+        name: {
+            "seconds": statistics.median(found),
+            "overhead": statistics.median(x / p - 1 for x, p in zip(found, plain, strict=False)),
+        }
+        for name, found in sums.items()
     }
 
 
@@ -157,26 +185,32 @@ def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--rounds", type=int, default=12, help="a multiple of four")
+    parser.add_argument("--only", default="", help="part of a case's name; with it nothing is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.empty(6 << 20).sum()  # after this, the allocator takes all weights from one place
+    half = partial(discriminator, width=32)
     cases = {
-        **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), 2, True) for n in (32, 128, 512)},
-        **{f"SN-GAN discriminator, batch {n}": (discriminator, (n, 3, 32, 32), 1, True) for n in (1, 8, 64)},
-        "SN-GAN discriminator at half width, batch 64": (partial(discriminator, width=32), (64, 3, 32, 32), 1, True),
-        "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), 7, False),
-        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), 7, False),
+        **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 4) for n in (32, 128)},
+        "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 2),
+        "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 1),
+        "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 7, 5),
+        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 1),
     }
+    if arguments.only:
+        cases |= {f"SN-GAN discriminator, batch {n}": (discriminator, (n, 3, 32, 32), training, 1, 1) for n in (1, 8)}
+        cases["SN-GAN discriminator at half width, batch 64"] = (half, (64, 3, 32, 32), training, 1, 1)
     missing = sorted(set(OTHERS) - set(others()))
     report: dict[str, object] = {"not installed": missing}
     print(f"not installed: {', '.join(missing) or 'none'}")
-    for title, (build, shape, repeats, train) in cases.items():
+    for title, (build, shape, steps, repeats, times) in cases.items():
         if arguments.only not in title:
             continue
-        found = compare(build, shape, arguments.rounds, repeats, train=train)
+        begin = time.perf_counter()
+        found = compare(steps(build, torch.randn(shape)), times * arguments.rounds, repeats)
         report[title] = found
-        print(title)
+        print(f"{title}    ({time.perf_counter() - begin:.0f} s)", flush=True)
         for name, row in found.items():
             print(f"    {name:24s} {row['seconds'] * 1e3:9.2f} ms  {row['overhead']:+8.1%}")
     write("overhead", report)

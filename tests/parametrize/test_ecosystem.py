@@ -1,6 +1,7 @@
 """Normalised layers inside what people use around them: compilers, transforms, optimizers, averaging, autocast."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -146,28 +147,107 @@ def test_no_optimizer_leaves_anything_stale(name, options):
             assert torch.equal(proved, layer.eval().weight.clone())
 
 
-WRITES = {
-    "data": lambda p: p.data.mul_(torch.rand_like(p)),
-    "in place": lambda p: p.mul_(torch.rand_like(p)),
-    "new data": lambda p: setattr(p, "data", torch.rand_like(p)),
-    "vector": lambda p: nn.utils.vector_to_parameters(torch.rand(p.numel()), [p]),
-    "one entry": lambda p: p.data.view(-1)[3:4].fill_(50.0),
+def inference(p):
+    with torch.inference_mode():
+        p.data[0, 3] = 50.0
+
+
+def fused(p):
+    p.grad = torch.zeros_like(p)
+    p.grad[0, 3] = 1.0
+    torch.optim.SGD([p], 50.0, fused=True).step()
+
+
+ONE = {  # one entry, which a sample of the entries misses
+    "data": lambda p: p.data.view(-1)[3:4].fill_(50.0),
+    "in place": lambda p: p[0, 3:4].fill_(50.0),
+    "detached": lambda p: p.detach()[0, 3:4].fill_(50.0),
+    "inference mode": inference,
+    "fused optimizer": fused,
+    "foreach": lambda p: torch._foreach_add_([p], [one_entry(p)]),
+    "new data": lambda p: setattr(p, "data", p.data + one_entry(p)),
+    "vector": lambda p: nn.utils.vector_to_parameters((p + one_entry(p)).view(-1), [p]),
+    "set_": lambda p: p.set_(p + one_entry(p)),
+    "swap": lambda p: torch.utils.swap_tensors(p, nn.Parameter(p + one_entry(p))),
+    "moving average": lambda p: p.data.lerp_(p.data + one_entry(p), 0.5),
 }
+WHOLE = {
+    "data": lambda p: p.data.mul_(torch.rand_like(p)),
+    "NumPy": lambda p: p.detach().numpy().__imul__(torch.rand(p.shape).numpy()),
+}
+WRITES = {**{f"one entry, {k}": f for k, f in ONE.items()}, **{f"whole, {k}": f for k, f in WHOLE.items()}}
+
+
+def one_entry(p):
+    return 50.0 * nn.functional.one_hot(torch.tensor(3), p.numel()).view_as(p)
+
+
+def deployed_afresh(layer):
+    fresh = opnorm.spectral_norm(nn.Linear(40, 40)).eval()
+    fresh.load_state_dict(layer.state_dict())
+    return fresh
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_no_write_leaves_a_stale_weight(write):
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copy"])
+def test_no_write_leaves_a_stale_weight(write, copied):
     torch.manual_seed(0)
     layer = opnorm.spectral_norm(nn.Linear(40, 40)).eval()
-    layer(torch.randn(1, 40))
+    x = torch.eye(40)
     with torch.no_grad():
-        WRITES[write](raws(layer)[0])
-    if write == "one entry":  # unseen by a sample of the entries: the documented case for update
-        opnorm.update(layer)
-    expected = opnorm.spectral_norm(nn.Linear(40, 40)).eval()
-    expected.load_state_dict(layer.state_dict())
-    assert torch.equal(layer.weight.clone(), expected.weight.clone())
+        layer(x)
+        layer = copy.deepcopy(layer) if copied else layer
+        layer(x), layer(x)
+        raw = raws(layer)[0]
+        WRITES[write](raw)
+        assert torch.equal(layer(x), deployed_afresh(layer)(x))
+        assert torch.equal(layer.weight.clone(), deployed_afresh(layer).weight.clone())
+        raw.data[0, 3] = 20.0
     assert matrix_norm(layer.train().weight) == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("source", ["data", "assigned"])
+def test_writes_through_an_alias_that_is_kept_are_seen(source):
+    layer = opnorm.spectral_norm(nn.Linear(40, 40)).eval()
+    alias, x = torch.rand(40, 40), torch.eye(40)
+    with torch.no_grad():
+        if source == "assigned":
+            raws(layer)[0].data = alias
+        else:
+            alias = raws(layer)[0].data
+        layer(x), layer(x)
+        alias[0, 3] = 50.0
+        assert torch.equal(layer(x), deployed_afresh(layer)(x))
+
+
+def test_writes_of_other_processes_are_seen():
+    layer = opnorm.spectral_norm(nn.Linear(40, 40)).eval()
+    x = torch.eye(40)
+    with torch.no_grad():
+        layer(x)
+        raw = layer.share_memory() and raws(layer)[0]
+        layer(x), layer(x)
+        # What another process does: the same memory, no tensor that this one knows of.
+        torch.frombuffer(memoryview(raw.detach().numpy()), dtype=torch.float32)[3] = 50.0
+        assert torch.equal(layer(x), deployed_afresh(layer)(x))
+
+
+def test_a_watched_weight_is_an_ordinary_parameter():
+    layer = opnorm.spectral_norm(nn.Linear(4, 4))
+    raw = raws(layer)[0]
+    assert isinstance(raw, nn.Parameter) and repr(raw) == repr(nn.Parameter(raw.detach()))
+    assert type(raw + 0) is type(raw.detach()) is type(raw.data) is torch.Tensor
+    assert raw.data.data_ptr() == raw.data_ptr() and not raw.data.requires_grad
+    version = raw._version
+    raw.data.mul_(2)
+    assert raw._version == version  # as in torch: such a write is between a backward and its forward if it likes
+    file = io.BytesIO()
+    torch.save([raw], file)
+    file.seek(0)
+    (loaded,) = torch.load(file)
+    assert type(loaded) is nn.Parameter and torch.equal(loaded, raw) and not vars(loaded)
+    assert all(type(p) is nn.Parameter for p in opnorm.fold(layer).parameters())
+    assert all(type(p) is nn.Parameter for p in opnorm.remove_spectral_norm(layer).parameters())
 
 
 def test_another_tensor_with_the_same_sample_is_another_weight():

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from opnorm.parametrize.blocks import Triple
-from opnorm.parametrize.division import coefficient, composed, divisor, shared, subtract_direction_
+from opnorm.parametrize.division import (
+    coefficient,
+    composed,
+    readable_divisor,
+    shared,
+    subtract_direction_,
+)
 from opnorm.parametrize.views import View
 
 FUNCTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -52,12 +58,12 @@ class ScaledConv(Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, division: Division, shape: Geometry
     ) -> Tensor:
         """Convolve x of shape (n, channels, ...)."""
-        d = divisor(division.triple.sigma, division.lipschitz, division.clip).to(weight.dtype)
+        d = readable_divisor(division.triple.sigma, division.lipschitz, division.clip)
         pixels = x[:, :1].numel()  # about as many as the output has, times the strides
         for stride in shape.stride:
             pixels //= stride
         ctx.late = pixels * len(weight) < weight.numel()
-        ctx.division, ctx.shape, ctx.has_bias = division, shape, bias is not None
+        ctx.division, ctx.shape, ctx.has_bias, ctx.divisor = division, shape, bias is not None, d
         ctx.save_for_backward(x, weight)
         if not ctx.late:
             return _convolution(x, weight / d, bias, shape)
@@ -71,8 +77,7 @@ class ScaledConv(Function):
         division, shape, needs = ctx.division, ctx.shape, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             return (*_again(x, weight, gradient, division, shape, needs), None, None)
-        triple, view = division.triple, division.view
-        d = divisor(triple.sigma, division.lipschitz, division.clip).to(weight.dtype)
+        d: Tensor | float = ctx.divisor
         wanted = (needs[0], needs[1], needs[2] and not ctx.late)
         fed, kernel = (gradient / d, weight) if ctx.late else (gradient, weight / d)
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
@@ -81,14 +86,30 @@ class ScaledConv(Function):
         if needs[2] and ctx.late:
             grad_bias = gradient.sum([axis for axis in range(gradient.ndim) if axis != 1])
         if needs[1]:
-            grad_weight = grad_weight.contiguous()
-            matrices = view.matrices(grad_weight)
-            along = torch.linalg.vecdot(matrices.flatten(1), view.matrices(kernel).flatten(1))
-            share = coefficient(triple.sigma, division.lipschitz, division.clip, shared(along, triple.sigma))
-            if not ctx.late:
-                grad_weight.div_(d)
-            subtract_direction_(matrices, triple, share)
+            grad_weight = _with_direction(
+                grad_weight.contiguous(), kernel, division, 1.0 if ctx.late else d, (x, grad_x)
+            )
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _with_direction(
+    grad: Tensor, kernel: Tensor, division: Division, d: Tensor | float, images: tuple[Tensor, Tensor | None]
+) -> Tensor:
+    """`grad / d` less the divisor's share, in place: `<grad, kernel> / sigma` of the direction.
+
+    The inner product is that of the input with its gradient too, which may be the smaller pair.
+    """
+    triple, matrices = division.triple, division.view.matrices(grad)
+    x, grad_x = images
+    if grad_x is not None and x.numel() < grad.numel() and len(triple.sigma) == 1:
+        along = torch.linalg.vecdot(grad_x.flatten(), x.flatten())[None]
+    else:
+        along = shared(
+            torch.linalg.vecdot(matrices.flatten(1), division.view.matrices(kernel).flatten(1)), triple.sigma
+        )
+    share = coefficient(triple.sigma, division.lipschitz, division.clip, along)
+    subtract_direction_(matrices, triple, share, d)
+    return grad
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Geometry) -> Tensor:

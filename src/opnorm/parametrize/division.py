@@ -77,27 +77,30 @@ class Divide(Function):
 def coefficient(sigma: Tensor, lipschitz: float, clip: bool, along: Tensor) -> Tensor:
     """`along / sigma` where the divisor moves with sigma, and 0 where it does not: zero or unclipped weights."""
     along = along.to(sigma.dtype)
-    active = sigma > (lipschitz if clip else 0.0)
+    least = lipschitz if clip else 0.0
+    if sigma.device.type == "cpu" and len(sigma) == 1:  # one number is read in less time than it takes to choose
+        return along / sigma if float(sigma) > least else torch.zeros_like(sigma)
+    active = sigma > least
     return torch.where(active, along / torch.where(active, sigma, torch.ones_like(sigma)), torch.zeros_like(sigma))
 
 
-def subtract_direction_(result: Tensor, triple: Triple, weights: Tensor) -> Tensor:
-    """Subtract `weights * G` from each block, in place."""
+def subtract_direction_(result: Tensor, triple: Triple, weights: Tensor, d: Tensor | float = 1.0) -> Tensor:
+    """Divide each block by d and subtract `weights * G`, in place."""
+    if isinstance(d, Tensor):
+        result.div_(d)
+    beta = 1 / d if isinstance(d, float) else 1.0
     factors = (-weights).to(result.dtype)[:, None, None]
     left = triple.left.to(result.dtype) * factors
     if triple.right is None:
-        return result.add_(left)
+        return (result.mul_(beta) if beta != 1 else result).add_(left)
     if len(result) == 1:
-        result[0].addmm_(left[0], triple.right[0].to(result.dtype).mT)
+        result[0].addmm_(left[0], triple.right[0].to(result.dtype).mT, beta=beta)
         return result
-    return result.baddbmm_(left, triple.right.to(result.dtype).mT)
+    return result.baddbmm_(left, triple.right.to(result.dtype).mT, beta=beta)
 
 
 class ScaledLinear(Function):
-    """`x (W / d)^T + b` without ever writing `W / d`; the low-rank update rides along as one more row.
-
-    Input and output are divided by the root of d each, so that nothing overflows for very small or large weights.
-    """
+    """`x (W / d)^T + b` without ever writing `W / d`: what is divided is the product, as it is formed."""
 
     @staticmethod
     def forward(
@@ -110,39 +113,63 @@ class ScaledLinear(Function):
         clip: bool,
     ) -> Tensor:
         """Apply to x of shape (n, columns)."""
-        root = divisor(triple.sigma, lipschitz, clip).sqrt()
-        scaled = x / root
         ctx.triple, ctx.lipschitz, ctx.clip, ctx.has_bias = triple, lipschitz, clip, bias is not None
-        ctx.save_for_backward(x, weight, scaled)
-        result = torch.mm(scaled, weight.mT).div_(root)
-        return result if bias is None else result.add_(bias)
+        ctx.divisor = readable_divisor(triple.sigma, lipschitz, clip)
+        ctx.save_for_backward(x, weight)
+        return quotient(x, weight.mT, ctx.divisor, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The outer products of the batch and of the direction in one product."""
-        x, weight, scaled = ctx.saved_tensors
-        triple, lipschitz, clip = ctx.triple, ctx.lipschitz, ctx.clip
+        """The divisor's share of the weight's gradient is written first, and the batch is added to it."""
+        x, weight = ctx.saved_tensors
+        triple, lipschitz, clip, d = ctx.triple, ctx.lipschitz, ctx.clip, ctx.divisor
         needs = ctx.needs_input_grad
         none = (None, None, None)
         if torch.is_grad_enabled():
             return (*_again(x, weight, gradient, triple, lipschitz, clip, needs), *none)
-        grad_x = grad_weight = along = None
+        grad_x = grad_weight = None
         grad_bias = gradient.sum(0) if ctx.has_bias and needs[2] else None
-        root = divisor(triple.sigma, lipschitz, clip).sqrt()
-        pulled = gradient / root
         if needs[0]:
-            grad_x = torch.mm(pulled, weight).div_(root)
-            along = torch.linalg.vecdot(grad_x.flatten(), x.flatten())[None] if needs[1] else None
-        if needs[1] and along is not None:
-            share = coefficient(triple.sigma, lipschitz, clip, along)
-            rows = torch.cat([pulled, triple.left[0].mT * -share])
-            grad_weight = rows.mT @ torch.cat([scaled, triple.right[0].mT])
+            grad_x = quotient(gradient, weight, d)
+        if needs[1] and grad_x is not None and triple.right is not None:
+            along = torch.dot(grad_x.flatten(), x.flatten())[None]
+            left = triple.left[0] * -coefficient(triple.sigma, lipschitz, clip, along)
+            grad_weight = quotient(gradient.mT, x, d, onto=left @ triple.right[0].mT)
         elif needs[1]:
-            grad_weight = pulled.mT @ scaled
-            along = torch.linalg.vecdot(grad_weight.flatten(), weight.flatten())[None]
-            share = coefficient(triple.sigma, lipschitz, clip, along)
-            subtract_direction_(grad_weight[None], triple, share)
+            grad_weight = quotient(gradient.mT, x, d)
+            along = torch.dot(grad_weight.flatten(), weight.flatten())[None]
+            subtract_direction_(grad_weight[None], triple, coefficient(triple.sigma, lipschitz, clip, along))
         return grad_x, grad_weight, grad_bias, *none
+
+
+def readable_divisor(sigma: Tensor, lipschitz: float, clip: bool) -> Tensor | float:
+    """Return the divisor of one block, as a number where reading it does not make an accelerator wait.
+
+    And where a product of ordinary numbers may be divided after it is formed, as it neither over- nor underflows.
+    """
+    if sigma.device.type != "cpu":
+        return divisor(sigma, lipschitz, clip)
+    ratio = float(sigma) / lipschitz
+    if clip:
+        ratio = max(ratio, 1.0)
+    return ratio if 1e-12 < ratio < 1e12 else divisor(sigma, lipschitz, clip)
+
+
+def quotient(a: Tensor, b: Tensor, d: Tensor | float, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """Return `a b / d`, added to `bias`, or in place to `onto`.
+
+    A product can divide by a number as it is formed. Otherwise both are divided by the root of d, or the first and
+    the product, so that nothing overflows for very small or large weights.
+    """
+    if isinstance(d, float):
+        if onto is not None:
+            return onto.addmm_(a, b, alpha=1 / d)
+        return torch.addmm(b.new_empty(1) if bias is None else bias, a, b, beta=int(bias is not None), alpha=1 / d)
+    root = d.sqrt()
+    if onto is not None:
+        return onto.addmm_(a / root, b / root)
+    result = torch.mm(a / root, b).div_(root)
+    return result if bias is None else result.add_(bias)
 
 
 def _again(

@@ -13,9 +13,11 @@ from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.checks import Asked, checked_view
 from opnorm.parametrize.families import Norm, Shape, weights_of
+from opnorm.parametrize.reading import read_directly
 from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.states import adopt_state
+from opnorm.parametrize.watched import unwatch, watch
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -98,9 +100,11 @@ def spectral_norm(
     rule.order = tuple(module._parameters)
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
+    read_directly(module, name)
     setattr(type(module), PARALLELISED, ParallelizeFirst(label))  # a class of this layer's own, by torch
     chain = chain_of(module, name)
     follow_shards(chain.original, chain, "original")
+    watch(chain.original)
     if raw.device.type != "meta":
         rule.triple(chain.original)
     module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)  # type: ignore[no-untyped-call]
@@ -163,6 +167,7 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
     """
     cls = type(module)
     raw: Tensor = chain_of(module, name).original
+    unwatch(raw)
     chains = cast(nn.ModuleDict, module.parametrizations)
     del chains[name]
     if len(chains):

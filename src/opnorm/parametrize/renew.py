@@ -8,10 +8,10 @@ from opnorm.parametrize.chains import chain_of, normalised
 def update(model: nn.Module) -> int:
     """Refresh the training estimate of every normalised weight, and compare the deployed ones in full at the next use.
 
-    A weight that was changed in the ordinary ways is noticed without it. Call it after what torch does not count as a
-    change and a sample of the entries may miss or cannot see: a few entries written through `.data`, and on
-    accelerators fused optimizers, `.data` writes, EMA swaps and sharded optimizer steps. To do it after every step:
-    `optimizer.register_step_post_hook(lambda *_: opnorm.update(model))`.
+    On the CPU a write is noticed without it: in place, through `.data` even where that was kept, by fused optimizers,
+    and by other processes. Call it after what neither torch nor Python sees, such as a few entries written through
+    NumPy or by a compiled fused step; and on accelerators after fused optimizers, `.data` writes, EMA swaps and sharded
+    optimizer steps. To do it after every step: `optimizer.register_step_post_hook(lambda *_: opnorm.update(model))`.
 
     Returns:
         How many weights were refreshed.

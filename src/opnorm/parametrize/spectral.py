@@ -1,7 +1,8 @@
 """The parametrization `W -> K W / sigma(W)`: an estimate of the true norm in training, a proved one in evaluation."""
 
 import json
-from contextlib import AbstractContextManager
+import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import Divide, ScaledLinear, composed
 from opnorm.parametrize.lazy import NormalizedWeight
 from opnorm.parametrize.views import View
+from opnorm.parametrize.watched import watch
 
 Iterations = int | Literal["adaptive"]
 
@@ -42,8 +44,8 @@ ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
 
 
 def _no_transforms() -> AbstractContextManager[object]:
-    """Values are computed outside the transforms of torch.func, which would wrap them."""
-    return temporarily_clear_interpreter_stack()
+    """Values are computed outside the transforms of torch.func, which would wrap them, if there are any."""
+    return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else nullcontext()
 
 
 class SpectralNormalization(nn.Module):
@@ -59,9 +61,14 @@ class SpectralNormalization(nn.Module):
         mode: "divide", or "clip": divide only what is larger than K.
         iterations: of the estimate, for each new value.
         label: the layer and the weight, for messages.
+        ready: what `reading` knows of the deployed weight; None after every switch between training and evaluation.
         order: the parameters of the layer before it was normalised, for putting them back in their places.
         scale: with `learn_scale`, the parameter theta of the scale `K sigmoid(theta)`.
     """
+
+    y: Tensor
+    omega: Tensor
+    scouts: Tensor
 
     def __init__(
         self,
@@ -91,7 +98,12 @@ class SpectralNormalization(nn.Module):
         self._triple: Triple | None = None
         self._stored: tuple[values.Key, tuple[int, ...], float, Tensor] | None = None
         self._verify = False
+        self.ready: object = None
         self._sampler = values.Sampler()
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes over: nothing that shows this weight's memory."""
+        return {**self.__dict__, "ready": None, "_sampler": values.Sampler()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Give a copy a number of its own."""
@@ -241,7 +253,7 @@ class SpectralNormalization(nn.Module):
                 block, found = self._converged(raw) if afresh else self._advanced(raw, dtype)
                 triple = self._joined(found)
                 if afresh or before is None or not on_device.host_waits(raw):
-                    broken = not bool(torch.isfinite(triple.sigma).all())
+                    broken = not all(map(math.isfinite, triple.sigma.tolist()))
                 else:
                     finite = torch.isfinite(triple.sigma).all()
                     block = on_device.chosen(finite, block, self._block(dtype))
@@ -325,7 +337,8 @@ class SpectralNormalization(nn.Module):
     def _store(self, block: Block) -> None:
         # As pairs of real numbers: casting a model to bfloat16 drops the imaginary part of a complex buffer.
         y, scouts = (torch.view_as_real(part) if part.is_complex() else part for part in (block.y, block.scouts))
-        self.y, self.omega, self.scouts = y.contiguous(), block.omega, scouts.contiguous()
+        # Past the checks of `nn.Module.__setattr__`, which cost as much as a small product.
+        self._buffers.update(y=y.contiguous(), omega=block.omega, scouts=scouts.contiguous())
 
     # ---------------------------------------------------------------- the deployed weight
 
@@ -336,9 +349,10 @@ class SpectralNormalization(nn.Module):
             WeightError: if the weight holds NaN or infinite values.
         """
         lipschitz = self.lipschitz if bound is None else float(bound.detach())
+        watch(weight)
         key = self._sampler.key(weight, self._epoch)
         if self._stored is not None and self._stored[2] == lipschitz:
-            if not sharding.agreed(weight, self._verify or key != self._stored[0]):
+            if not sharding.agreed(weight, self._verify or not key.watched or key != self._stored[0]):
                 return self._stored[3]
             same = self._stored[3].device == weight.device and values.fingerprint(weight) == self._stored[1]
             if not sharding.agreed(weight, not same):
@@ -352,13 +366,13 @@ class SpectralNormalization(nn.Module):
 
     def train(self, mode: bool = True) -> "SpectralNormalization":
         """Switch; the first evaluation after it compares every bit of the weight with what the proof was made for."""
-        self._verify = True
+        self._verify, self.ready = True, None
         return super().train(mode)
 
     def renew(self) -> None:
         """Make the next use refresh the estimate and compare the deployed weight in full."""
         self._epoch += 1
-        self._verify = True
+        self._verify, self.ready = True, None
 
     # ---------------------------------------------------------------- state dicts
 

@@ -1,23 +1,30 @@
 """When is a weight new? Keys and fingerprints of the values of a tensor."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opnorm.parametrize.sharding import local
+from opnorm.parametrize.watched import Stamp, carried, stamp
 
 _SAMPLE = 64
 
 
 class Key(NamedTuple):
-    """What tells whether a weight is new."""
+    """What tells whether a weight is new.
 
-    version: int
+    Attributes:
+        watched: whether it tells for certain; on accelerators, as certain as it gets without making them wait.
+    """
+
+    version: Stamp | int
     pointer: int
     epoch: int
     kind: tuple[object, ...]
     sample: tuple[float, ...] | None
+    watched: bool
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -42,14 +49,15 @@ class Sampler:
     def key(self, weight: Tensor, epoch: int) -> Key:
         """Return what stays the same as long as nobody wrote to the weight."""
         weight = local(weight)
-        version = -1 if weight.is_inference() else weight._version
+        seen = stamp(weight)
+        version = seen or (-1 if weight.is_inference() else weight._version)
         kind, pointer = (weight.dtype, weight.device), weight.data_ptr()
         if weight.device.type != "cpu":
-            return Key(version, pointer, epoch, kind, None)
+            return Key(version, pointer, epoch, kind, None, True)
         place = (pointer, weight.dtype, weight.shape, weight.stride())
         if self.picked is None or self.place != place or not weight.is_contiguous() or weight.is_complex():
             self.place, self.picked = place, _picked(weight)
-        return Key(version, pointer, epoch, kind, tuple(self.picked.tolist()))
+        return Key(version, pointer, epoch, kind, tuple(self.picked.tolist()), seen is not None)
 
 
 def key(weight: Tensor, epoch: int) -> Key:
@@ -66,12 +74,13 @@ def _picked(weight: Tensor) -> Tensor:
 def same(old: Key, new: Key) -> bool:
     """Whether nobody wrote to a weight: neither in place nor, as far as the sample tells, in any other way.
 
-    A weight that moved in memory with its values, as sharded parameters do before every forward, is the same.
+    A weight that moved in memory with its values, as sharded parameters do before every forward and copies of a model
+    have done, is the same.
     """
     if old.epoch != new.epoch or old.kind != new.kind or old.sample != new.sample:
         return False
     if old.pointer != new.pointer:
-        return old.sample is not None
+        return old.sample is not None and carried(old.version, new.version)
     return old.version == new.version
 
 
@@ -86,9 +95,7 @@ def far(old: Key, new: Key) -> bool:
     before, after = old.sample, new.sample
     if before is None or after is None or len(before) != len(after):
         return before is not after
-    size = sum(x * x for x in before)
-    moved = sum((x - y) ** 2 for x, y in zip(before, after, strict=True))
-    return not 0 < moved <= 0.25 * size
+    return not 0 < math.dist(before, after) <= 0.5 * math.hypot(*before)
 
 
 def fingerprint(weight: Tensor) -> tuple[int, ...]:
