@@ -43,7 +43,8 @@ def two_blocks() -> nn.Module:
 @pytest.mark.parametrize("method", ["auto", "adam"])
 def test_the_bound_is_lipsdps_optimum(model: object, width: int, optimum: float, method: str) -> None:
     bound = opnorm.lipschitz(model(), torch.randn(4, width), method=method)  # type: ignore[operator]
-    assert bound.method == ("dense newton" if method == "auto" else "dense adam")
+    # Where the fixed point ends at the same bound to the last digit, Adam has nothing to add.
+    assert bound.method in (("dense newton",) if method == "auto" else ("dense adam", "dense afp"))
     assert optimum * (1 - 1e-6) <= bound.upper <= optimum * (1 + (1e-4 if method == "auto" else 1e-2))
 
 

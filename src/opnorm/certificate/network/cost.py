@@ -44,9 +44,9 @@ class Cost:
         """About how long one pass and the proof take on the threads that torch uses."""
         return (self.search + self.proof) / (_RATE * torch.get_num_threads())
 
-    def parts(self, size: float = _PART_BYTES) -> list[Tensor]:
-        """The coarse frequencies in parts of a bounded memory, in bytes."""
-        count = max(1, int(size / self.each))
+    def parts(self, size: float | None = None) -> list[Tensor]:
+        """The coarse frequencies in parts of so many bytes; by default what a proof may hold."""
+        count = max(1, int((_PART_BYTES if size is None else size) / self.each))
         return list(torch.split(torch.arange(self.frequencies), count))
 
 
