@@ -113,7 +113,7 @@ BAD = {
     "leaves": (("bound", "cli.models:leaves", "--input", "6"), "SystemExit"),
     "no module": (("bound", "cli.models:no_module", "--input", "6"), "returned int"),
     "no shape": (("bound", "cli.models:mlp", "--input", "3xx"), "the shape of one sample"),
-    "wrong shape": (("bound", "cli.models:mlp", "--input", "7"), "torch.export cannot trace"),
+    "wrong shape": (("bound", "cli.models:mlp", "--input", "7"), "does not take the example input"),
     "NaN": (("bound", "cli.models:nan", "--input", "6"), "NaN"),
     "unknown operation": (("bound", "cli.models:Cumulative", "--input", "6"), "aten.cumprod.default"),
     "mixes samples": (("bound", "cli.models:Mixing", "--input", "6"), "samples"),
