@@ -5,13 +5,14 @@ weight, which is gathered once for each new value.
 """
 
 import gc
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from opnorm.errors import ArgumentError
-from opnorm.parametrize.blocks import Triple
+from opnorm.parametrize.on_device import TensorsT
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -50,10 +51,9 @@ def product(matrix: Tensor, vectors: Tensor) -> Tensor:
     return whole
 
 
-def spread(triple: Triple, like: Tensor) -> Triple:
-    """Return a triple on the mesh of a weight, for products with its shards."""
-    right = None if triple.right is None else replicated(triple.right, like)
-    return Triple(replicated(triple.sigma, like), replicated(triple.left, like), right)
+def spread(tensors: TensorsT, like: Tensor) -> TensorsT:
+    """Return a tuple of tensors, a triple for one, on the mesh of a weight, for products with its shards."""
+    return cast("Any", type(tensors))(*(None if part is None else replicated(part, like) for part in tensors))  # type: ignore[no-any-return]
 
 
 def gathered(weight: Tensor) -> Tensor:
