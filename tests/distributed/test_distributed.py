@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import opnorm
@@ -137,6 +138,22 @@ def normalise_then_shard():
     compare(model, model)
 
 
+def one_entry_in_evaluation():
+    """A write to an entry that no sample looks at, between two evaluations."""
+    models = normalised(plain()).eval(), normalised(plain()).eval()
+    fully_shard(models[1])
+    change = torch.zeros(16, 8)
+    change[3, 5] = 5.0
+    for model in models:
+        model(X)
+        if isinstance(model, FSDPModule):
+            model.reshard()
+        raw = model[0].parametrizations.weight.original
+        with torch.no_grad():
+            raw.add_(distribute_tensor(change, raw.device_mesh, raw.placements) if isinstance(raw, DTensor) else change)
+    torch.testing.assert_close(whole(models[1](X)), models[0](X))
+
+
 def shard_then_normalise():
     model = plain()
     fully_shard(model)
@@ -210,6 +227,7 @@ SCENARIOS = [
     (torch_cannot_be_sharded_first, ()),
     (torch_weights_cannot_be_read_when_sharded, ()),
     (normalise_then_shard, ()),
+    (one_entry_in_evaluation, ()),
     (shard_then_normalise, ()),
     (measured_and_projected, (sharded,)),
     (measured_and_projected, (parallelised,)),

@@ -23,6 +23,11 @@ def is_sharded(weight: Tensor) -> bool:
     return dist.is_available() and isinstance(weight, DTensor)
 
 
+def several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def local(weight: Tensor) -> Tensor:
     """Return what this process holds of a weight."""
     return weight.detach().to_local() if is_sharded(weight) else weight  # type: ignore[attr-defined]

@@ -349,7 +349,8 @@ class SpectralNormalization(nn.Module):
             WeightError: if the weight holds NaN or infinite values.
         """
         lipschitz = self.lipschitz if bound is None else float(bound.detach())
-        watch(weight)
+        if not sharding.several_processes():  # FSDP2 fills the parameters that it lends without counting
+            watch(weight)
         key = self._sampler.key(weight, self._epoch)
         if self._stored is not None and self._stored[2] == lipschitz:
             if not sharding.agreed(weight, self._verify or not key.watched or key != self._stored[0]):
