@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,18 +72,17 @@ def _top_of_tridiagonal(
     alphas: list[float], betas: list[float], beta: float, tolerance: float
 ) -> tuple[float, Tensor, float]:
     """The largest eigenvalue of the tridiagonal matrix, its vector, and the estimated error as an eigenvalue."""
-    # NumPy's calls cost a fifth of torch's on so small a matrix. Only the lower triangle is read.
-    values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[: len(alphas) - 1], -1))
+    # Not by NumPy, whose threads would be awake and in the way of the factorisation that follows.
+    small = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    small.diagonal(-1).copy_(torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(small)
     top = float(values[-1])
     residual = beta * abs(float(vectors[-1, -1]))
     # Values within the tolerance of the top count as the same cluster: any of its vectors serves.
     outside = values[values < top * (1 - tolerance / 4)]
     gap = top - float(outside[-1]) if len(outside) else top
-    return (
-        top,
-        torch.from_numpy(vectors[:, -1].copy()),
-        min(residual, residual * residual / gap if gap > 0 else residual),
-    )
+    error = min(residual, residual * residual / gap) if gap > 0 else residual
+    return top, vectors[:, -1], error
 
 
 def batched_top(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
