@@ -156,7 +156,7 @@ def test_gradients_of_gradients():
 def _key(rule, raw):
     from opnorm.parametrize import values
 
-    return values.key(raw, rule._epoch)
+    return values.Sampler().key(raw, rule._epoch)
 
 
 def discriminator(wrap, width=16):

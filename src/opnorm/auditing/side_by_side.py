@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from opnorm.auditing.roles import MATRIX
 from opnorm.checkpoint import Entry
 
 R = TypeVar("R")
@@ -47,4 +48,4 @@ def side_by_side(run: Callable[[Entry], R], entries: Sequence[Entry], begin: Cal
 
 
 def _is_small(entry: Entry) -> bool:
-    return len(entry.shape) == 2 and min(entry.shape) <= _SMALL and not entry.remark
+    return len(entry.shape) == MATRIX and min(entry.shape) <= _SMALL and not entry.remark

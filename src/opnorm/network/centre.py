@@ -10,6 +10,7 @@ from opnorm.certificate.network.maps import Scale, Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Step, Sum
 from opnorm.certificate.network.stages import concat_order, per_element
 from opnorm.graph import Graph, Node, Ref, Weight
+from opnorm.network.distance import steepness
 from opnorm.network.region import norm_up
 
 EVALUATION = 1e-13
@@ -81,9 +82,8 @@ def centre_error(
     if isinstance(step, Concat):
         return torch.cat(sources)[concat_order(step.shapes, step.axis)] + own
     if isinstance(step, Elementwise):
-        steep = torch.maximum(per_element(step.low, step.shape).abs(), per_element(step.high, step.shape).abs())
         rough = 0 if step.label.endswith("relu") else EVALUATION * (1 + top)
-        return steep * sources[0] * (1 + 1e-12) + own + rough + rounding.TINY
+        return steepness(step) * sources[0] * (1 + 1e-12) + own + rough + rounding.TINY
     assert isinstance(step, Opaque)
     joined = norm_up(torch.cat(sources)) + relative(step.size) * math.hypot(*(norm_up(g.abs()) for g in given))
     error = rounding.mul_up(step.constant, joined) * (1 + 1e-9) + EVALUATION * (1 + top) * step.size

@@ -60,11 +60,16 @@ def distance_of(
     if isinstance(step, Concat):
         return Distance.of(torch.cat([s.each for s in sources])[concat_order(step.shapes, step.axis)], total)
     if isinstance(step, Elementwise):
-        steep = torch.maximum(per_element(step.low, step.shape).abs(), per_element(step.high, step.shape).abs())
+        steep = steepness(step)
         return Distance.of(_times(steep, sources[0].each), rounding.mul_up(float(steep.max()), total))
     assert isinstance(step, Opaque)
     top = rounding.mul_up(step.constant, total)
     return Distance.of(torch.full((step.size,), min(top, 2 * ceiling), dtype=torch.float64), top)
+
+
+def steepness(step: Elementwise) -> Tensor:
+    """The largest size of the slope of each element."""
+    return torch.maximum(per_element(step.low, step.shape).abs(), per_element(step.high, step.shape).abs())
 
 
 def _times(factor: float | Tensor, each: Tensor) -> Tensor:
@@ -75,13 +80,11 @@ def _times(factor: float | Tensor, each: Tensor) -> Tensor:
 
 def _moved(linear: LinearMap, each: Tensor, weights: Weights) -> Tensor:
     """`|A|` times the distances."""
-    shape = (1, *linear.in_shape)
-    count = linear.terms(weights)
-    finite = bool(torch.isfinite(each).all())
-    moved = linear.apply(each.reshape(shape), weights, absolute=True).reshape(-1).double() if finite else None
     moves = _reached(linear, each > 0, weights)
-    if moved is None:
+    if not bool(torch.isfinite(each).all()):
         return torch.where(moves, math.inf, 0.0).double()
+    count = linear.terms(weights)
+    moved = linear.apply(each.reshape(1, *linear.in_shape), weights, absolute=True).reshape(-1).double()
     return torch.where(moves, moved * (1 + rounding.gamma(count + linear.units + 8)) + count * rounding.TINY, 0.0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from opnorm.parametrize.blocks import Triple
+from opnorm.parametrize.on_device import host_waits
 
 
 def inner(triple: Triple, matrices: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def coefficient(sigma: Tensor, lipschitz: float, clip: bool, along: Tensor) -> T
     """`along / sigma` where the divisor moves with sigma, and 0 where it does not: zero or unclipped weights."""
     along = along.to(sigma.dtype)
     least = lipschitz if clip else 0.0
-    if sigma.device.type == "cpu" and len(sigma) == 1:  # one number is read in less time than it takes to choose
+    if len(sigma) == 1 and not host_waits(sigma):  # one number is read in less time than it takes to choose
         return along / sigma if float(sigma) > least else torch.zeros_like(sigma)
     active = sigma > least
     return torch.where(active, along / torch.where(active, sigma, torch.ones_like(sigma)), torch.zeros_like(sigma))
@@ -147,7 +148,7 @@ def readable_divisor(sigma: Tensor, lipschitz: float, clip: bool) -> Tensor | fl
 
     And where a product of ordinary numbers may be divided after it is formed, as it neither over- nor underflows.
     """
-    if sigma.device.type != "cpu":
+    if host_waits(sigma):
         return divisor(sigma, lipschitz, clip)
     ratio = float(sigma) / lipschitz
     if clip:

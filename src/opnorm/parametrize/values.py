@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opnorm.parametrize.on_device import host_waits
 from opnorm.parametrize.sharding import local
 from opnorm.parametrize.watched import Stamp, carried, stamp
 
@@ -52,17 +53,12 @@ class Sampler:
         seen = stamp(weight)
         version = seen or (-1 if weight.is_inference() else weight._version)
         kind, pointer = (weight.dtype, weight.device), weight.data_ptr()
-        if weight.device.type != "cpu":
+        if host_waits(weight):
             return Key(version, pointer, epoch, kind, None, True)
         place = (pointer, weight.dtype, weight.shape, weight.stride())
         if self.picked is None or self.place != place or not weight.is_contiguous() or weight.is_complex():
             self.place, self.picked = place, _picked(weight)
         return Key(version, pointer, epoch, kind, tuple(self.picked.tolist()), seen is not None)
-
-
-def key(weight: Tensor, epoch: int) -> Key:
-    """Return what stays the same as long as nobody wrote to the weight."""
-    return Sampler().key(weight, epoch)
 
 
 def _picked(weight: Tensor) -> Tensor:
