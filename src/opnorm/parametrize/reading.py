@@ -1,12 +1,13 @@
 """How a layer reads its normalised weight: past torch's parametrization, whose steps cost more than a small product."""
 
-import sys
 from dataclasses import dataclass
+from sys import _getframe
+from types import CodeType
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 
 from opnorm.parametrize.lazy import NormalizedWeight
@@ -14,7 +15,7 @@ from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.watched import Record, Watched
 
 _READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FORWARDS = frozenset(id(layer.forward.__code__) for layer in _READERS)
+_FORWARDS = frozenset(layer.forward.__code__ for layer in _READERS)
 """Code that hands the weight to one operation and does nothing else with it."""
 
 _FEW = 3
@@ -23,16 +24,21 @@ _FEW = 3
 
 @dataclass(slots=True, eq=False)
 class Ready:
-    """A deployed weight, and all there is to look at before it is used again."""
+    """A deployed weight, and all there is to look at before it is used again.
 
-    layer: "ref[nn.Module]"
-    parameters: dict[str, Any]
+    Between two products the processor forgets everything else, so each place that is looked up costs more than many
+    comparisons: there are few, and they lie together.
+    """
+
+    reader: CodeType | None
     raw: Watched
+    version: int
+    place: int
     record: Record
     token: object
-    version: int
     lent: int
-    place: int
+    parameters: dict[str, Any]
+    layer: "ref[nn.Module]"
     picked: Tensor
     sample: list[float]
     value: Tensor
@@ -41,54 +47,63 @@ class Ready:
 def read_directly(module: nn.Module, name: str) -> None:
     """Replace torch's property on the layer's own class, which its copies share, by one that comes to the same."""
     known: Any = getattr(type(module), name)
-    rules: dict[int, ref[SpectralNormalization]] = {}
+    held: dict[int, Ready] = {}
 
     def read(module: nn.Module) -> Tensor:
         if is_dynamo_compiling():
             return known.fget(module)  # type: ignore[no-any-return]
-        plainly = id(sys._getframe(1).f_code) in _FORWARDS
-        found = rules.get(id(module))
-        if plainly and found is not None:
-            ready = getattr(found(), "ready", None)
-            if ready is not None and ready.layer() is module and _still(ready):
-                return ready.value  # type: ignore[no-any-return]
+        ready, reader = held.get(id(module)), _getframe(1).f_code
+        if ready is not None and ready.reader is reader and _still(ready, module):
+            return ready.value
         chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         rule, raw = chain._modules["0"], chain._parameters.get("original")
         direct = type(raw) is Watched and type(rule) is SpectralNormalization and len(chain._modules) == 1
         if not direct or torch._C._is_tracing():
             return known.fget(module)  # type: ignore[no-any-return]
-        if not plainly or rule.training or rule.scale is not None or (raw.requires_grad and torch.is_grad_enabled()):
+        asked_for_gradient = raw.requires_grad and is_grad_enabled()
+        if reader not in _FORWARDS or rule.training or rule.scale is not None or asked_for_gradient:
             return NormalizedWeight(rule, raw)
-        value = rule.deployed(raw)
-        rule.ready = _ready(module, chain._parameters, raw, value)
-        if found is None or found() is not rule:
+        value: Tensor = rule.deployed(raw)
+        if type(raw) is Watched:  # by now it may be an ordinary one
             place = id(module)
-            rules[place] = ref(rule, lambda _: rules.pop(place, None))
-        return value  # type: ignore[no-any-return]
+            layer = ref(module, lambda _: held.pop(place, None))
+            held[place] = _ready(layer, reader, chain._parameters, raw, value)
+            rule.hand_out(held[place])
+        return value
 
     setattr(type(module), name, property(read, known.fset))
 
 
-def _ready(layer: nn.Module, parameters: dict[str, Any], raw: Watched, value: Tensor) -> Ready | None:
-    if type(raw) is not Watched:  # by now it may be an ordinary one
-        return None
+def _ready(layer: "ref[nn.Module]", reader: CodeType, parameters: dict[str, Any], raw: Watched, value: Tensor) -> Ready:
     record = raw._record
     picked, lent = raw.detach().flatten()[:: max(1, raw.numel() // _FEW)], record.lent
-    counts = raw._version, 0 if lent is None else lent._version
+    version, lent_version = raw._version, 0 if lent is None else lent._version
     return Ready(
-        ref(layer), parameters, raw, record, record.token, *counts, raw.data_ptr(), picked, picked.tolist(), value
+        reader,
+        raw,
+        version,
+        raw.data_ptr(),
+        record,
+        record.token,
+        lent_version,
+        parameters,
+        layer,
+        picked,
+        picked.tolist(),
+        value,
     )
 
 
-def _still(ready: Ready) -> bool:
+def _still(ready: Ready, layer: nn.Module) -> bool:
     """Whether the raw weight is the one that was deployed, and nobody asks for its gradient."""
-    raw, lent = ready.raw, ready.record.lent
+    raw, record = ready.raw, ready.record
     return (
-        ready.parameters["original"] is raw
-        and ready.token is ready.record.token
-        and ready.version == raw._version
+        ready.version == raw._version
         and ready.place == raw.data_ptr()
-        and (lent is None or ready.lent == lent._version)
+        and ready.token is record.token
+        and (record.lent is None or ready.lent == record.lent._version)
+        and ready.parameters.get("original") is raw
+        and ready.layer() is layer
         and ready.sample == ready.picked.tolist()
-        and not (torch.is_grad_enabled() and raw.requires_grad)
+        and not (raw.requires_grad and is_grad_enabled())
     )

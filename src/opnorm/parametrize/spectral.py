@@ -3,7 +3,8 @@
 import json
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from types import CodeType
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,12 @@ def _no_transforms() -> AbstractContextManager[object]:
     return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else nullcontext()
 
 
+class Handed(Protocol):
+    """A deployed weight that one piece of code reads without asking; `None` for no code."""
+
+    reader: CodeType | None
+
+
 class SpectralNormalization(nn.Module):
     """Divides one weight; made by `opnorm.spectral_norm`.
 
@@ -61,7 +68,7 @@ class SpectralNormalization(nn.Module):
         mode: "divide", or "clip": divide only what is larger than K.
         iterations: of the estimate, for each new value.
         label: the layer and the weight, for messages.
-        ready: what `reading` knows of the deployed weight; None after every switch between training and evaluation.
+        ready: the deployed weight as `reading` hands it out; None after every switch between training and evaluation.
         order: the parameters of the layer before it was normalised, for putting them back in their places.
         scale: with `learn_scale`, the parameter theta of the scale `K sigmoid(theta)`.
     """
@@ -98,7 +105,7 @@ class SpectralNormalization(nn.Module):
         self._triple: Triple | None = None
         self._stored: tuple[values.Key, tuple[int, ...], float, Tensor] | None = None
         self._verify = False
-        self.ready: object = None
+        self.ready: Handed | None = None
         self._sampler = values.Sampler()
 
     def __getstate__(self) -> dict[str, object]:
@@ -367,13 +374,21 @@ class SpectralNormalization(nn.Module):
 
     def train(self, mode: bool = True) -> "SpectralNormalization":
         """Switch; the first evaluation after it compares every bit of the weight with what the proof was made for."""
-        self._verify, self.ready = True, None
+        self._verify = True
+        self.hand_out(None)
         return super().train(mode)
 
     def renew(self) -> None:
         """Make the next use refresh the estimate and compare the deployed weight in full."""
         self._epoch += 1
-        self._verify, self.ready = True, None
+        self._verify = True
+        self.hand_out(None)
+
+    def hand_out(self, ready: Handed | None) -> None:
+        """Keep what is handed out without asking again; what was before it is over."""
+        if self.ready is not None:
+            self.ready.reader = None
+        self.ready = ready
 
     # ---------------------------------------------------------------- state dicts
 
