@@ -302,3 +302,14 @@ def test_frozen_and_shared_layers():
     tied.weight = raws(layer)[0].requires_grad_()
     opnorm.spectral_norm(tied)
     assert raws(tied)[0] is raws(layer)[0]
+
+
+@torch.no_grad()
+def test_a_frozen_layer_reads_the_deployed_weight_in_evaluation_only():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Conv2d(3, 8, 3, padding=1)).requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8)
+    trained = layer(x)
+    deployed = layer.eval()(x)
+    assert torch.equal(layer(x), deployed) and not torch.equal(deployed, trained)
+    assert torch.equal(layer.train()(x), trained)

@@ -53,7 +53,7 @@ def read_directly(module: nn.Module, name: str) -> None:
         if is_dynamo_compiling():
             return known.fget(module)  # type: ignore[no-any-return]
         ready, reader = held.get(id(module)), _getframe(1).f_code
-        if ready is not None and ready.reader is reader and _still(ready, module):
+        if ready is not None and ready.reader is reader and _still(ready):
             return ready.value
         chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         rule, raw = chain._modules["0"], chain._parameters.get("original")
@@ -66,7 +66,7 @@ def read_directly(module: nn.Module, name: str) -> None:
         value: Tensor = rule.deployed(raw)
         if type(raw) is Watched:  # by now it may be an ordinary one
             place = id(module)
-            layer = ref(module, lambda _: held.pop(place, None))
+            layer = ref(module, lambda _: held.pop(place, None))  # another layer may come to lie there
             held[place] = _ready(layer, reader, chain._parameters, raw, value)
             rule.hand_out(held[place])
         return value
@@ -94,7 +94,7 @@ def _ready(layer: "ref[nn.Module]", reader: CodeType, parameters: dict[str, Any]
     )
 
 
-def _still(ready: Ready, layer: nn.Module) -> bool:
+def _still(ready: Ready) -> bool:
     """Whether the raw weight is the one that was deployed, and nobody asks for its gradient."""
     raw, record = ready.raw, ready.record
     return (
@@ -103,7 +103,6 @@ def _still(ready: Ready, layer: nn.Module) -> bool:
         and ready.token is record.token
         and (record.lent is None or ready.lent == record.lent._version)
         and ready.parameters.get("original") is raw
-        and ready.layer() is layer
         and ready.sample == ready.picked.tolist()
         and not (raw.requires_grad and is_grad_enabled())
     )
