@@ -1,6 +1,6 @@
 """Training and evaluation time of a step: plain, torch's two spectral norms, opnorm's.
 
-    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about four minutes
+    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about ten minutes
 
 A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
 unless --threads says otherwise, so that a busy machine slows all of them. Every fourth step of opnorm does more, so
@@ -193,10 +193,10 @@ def main() -> None:
     half = partial(discriminator, width=32)
     cases = {
         **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 4) for n in (32, 128)},
-        "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 2),
+        "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 4),
         "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 1),
         "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 7, 5),
-        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 1),
+        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 4),
     }
     if arguments.only:
         cases |= {f"SN-GAN discriminator, batch {n}": (discriminator, (n, 3, 32, 32), training, 1, 1) for n in (1, 8)}
