@@ -54,7 +54,7 @@ class View:
     def strides(self) -> Axes:
         """Per axis on which the map varies with the frequency."""
         conv = self.template.conv if isinstance(self.template, ConvTranspose) else self.template
-        return conv.stride if isinstance(conv, Conv) and self.frequencies else ()
+        return _strides(conv) if isinstance(conv, Conv) and self.frequencies else ()
 
     def matrices(self, weight: Tensor) -> Tensor:
         """Return the weight as (blocks, rows, columns * taps)."""
@@ -98,9 +98,14 @@ def conv_view(operator: Conv | ConvTranspose, *, sampled: bool = False) -> View:
         return View(template, conv.groups)
     taps = list(product(*(range(k) for k in conv.kernel)))
     positions = tuple(tuple(d * j for d, j in zip(conv.dilation, tap, strict=True)) for tap in taps)
-    classes = [tuple(p % s for p, s in zip(position, conv.stride, strict=True)) for position in positions]
+    classes = [tuple(p % s for p, s in zip(position, _strides(conv), strict=True)) for position in positions]
     index = {residue: i for i, residue in enumerate(dict.fromkeys(classes))}
     return View(template, conv.groups, True, 0, positions, tuple(index[c] for c in classes), _torus(conv))
+
+
+def _strides(conv: Conv) -> Axes:
+    """What the bound is for: circular padding of any size may have a length that the stride does not divide."""
+    return (1,) * conv.dims if conv.mode == "circular" and conv.spatial is None else conv.stride
 
 
 def _torus(conv: Conv) -> Axes | None:
