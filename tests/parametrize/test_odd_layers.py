@@ -27,6 +27,14 @@ def test_circular_padding_with_a_stride_trains_with_what_is_deployed(size):
     assert max(layer_norm(plain, deployed, (3, n)) for n in ((24,) if size else range(4, 12))) <= 1.0
 
 
+@pytest.mark.parametrize("size", [8, 10])
+def test_zero_padding_trains_on_the_torus_of_the_proof(size):
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Conv2d(128, 128, 3, padding=1), input_shape=(128, size, size))
+    trained = layer.weight.clone()
+    torch.testing.assert_close(trained, layer.eval().weight.clone(), rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
 def test_complex_convolutions_of_a_small_size(kind):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from opnorm.norms.fourier import torus_sizes
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
 
 Axes = tuple[int, ...]
@@ -109,10 +110,7 @@ def _strides(conv: Conv) -> Axes:
 
 
 def _torus(conv: Conv) -> Axes | None:
-    """The smallest torus whose norm bounds the zero-padded map; the real size where padding wraps around."""
+    """The torus by which the zero-padded map is proved; the real size where padding wraps around."""
     if conv.spatial is None:
         return None
-    if conv.mode == "circular":
-        return tuple(conv.spatial)
-    axes = zip(conv.spatial, conv.reach, conv.padding, conv.stride, strict=True)
-    return tuple(-(-(n + max(reach, *pad)) // s) * s for n, reach, pad, s in axes)
+    return tuple(conv.spatial) if conv.mode == "circular" else torus_sizes(conv)[0]
