@@ -104,6 +104,29 @@ def test_learned_scales_are_saved_and_filled_in():
     assert matrix_norm(ours.eval().weight) == pytest.approx(0.5, rel=1e-4)
 
 
+def scaled(theta):
+    model = nn.Sequential(opnorm.spectral_norm(nn.Linear(3, 3), lipschitz=2.0, learn_scale=True))
+    nn.init.constant_(model[0].parametrizations.weight[0].scale, theta)
+    return model
+
+
+def test_a_learned_scale_without_a_place_is_named_with_the_way_out():
+    state, other = scaled(0.0).state_dict(), nn.Sequential(opnorm.spectral_norm(nn.Linear(3, 3), lipschitz=2.0))
+    message = r"0\.weight: .*learned scale, 0\.5 K.*learn_scale=True.*opnorm\.fold"
+    with pytest.warns(UserWarning, match=message), pytest.raises(RuntimeError, match=r"Unexpected key.*scale"):
+        other.load_state_dict(state)
+    with pytest.warns(UserWarning, match=message):
+        found = other.load_state_dict(state, strict=False)
+    assert found.unexpected_keys == ["0.parametrizations.weight.0.scale"]
+
+
+def test_a_checkpoint_of_opnorm_without_a_learned_scale_says_so():
+    state, other = nn.Sequential(opnorm.spectral_norm(nn.Linear(3, 3), lipschitz=2.0)).state_dict(), scaled(0.0)
+    with pytest.warns(UserWarning, match=r"0\.weight: the checkpoint has no learned scale.* 0\.5 K"):
+        other.load_state_dict(state)
+    assert matrix_norm(other.eval()[0].weight) == pytest.approx(1.0, rel=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"lipschitz": 2.0}, {"mode": "clip"}, {"norm": "reshaped"}])
 def test_a_checkpoint_of_another_k_says_so(options):
     state = nn.Sequential(opnorm.spectral_norm(nn.Linear(3, 3))).state_dict()

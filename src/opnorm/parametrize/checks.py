@@ -66,11 +66,35 @@ def checked_view(
         raise ArgumentError(
             f"{label} is normalised by torch's spectral_norm; opnorm.convert(model) turns it into opnorm's"
         )
+    if not replacing:
+        _check_place(module, name, label)
     view = view_of(module, name, asked.norm, asked.dim, input_shape)
     raw: Tensor = _raw(module, name) if replacing else getattr(module, name)
     if raw.device.type != "meta" and not bool(torch.isfinite(local(raw)).all()):
         raise WeightError(f"{label} holds NaN or infinite values; repair it before normalising it")
     return view
+
+
+def _check_place(module: nn.Module, name: str, label: str) -> None:
+    """Refuse a weight that is computed from others, or whose gradient cannot have the form that was asked for."""
+    if getattr(module, "sparse", False):
+        raise ArgumentError(
+            f"{label} is asked for sparse gradients, but that of a normalised weight has no zero rows, as the norm "
+            "depends on all of them; make the layer with sparse=False"
+        )
+    if parametrize.is_parametrized(module, name):
+        if not hasattr(chain_of(module, name), "original"):
+            kinds = ", ".join(type(rule).__name__.lstrip("_") for rule in chain_of(module, name))
+            raise ArgumentError(
+                f"{label} is stored in several parts, by {kinds}; call "
+                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first"
+            )
+    elif isinstance(getattr(module, name, None), Tensor) and name not in {*module._parameters, *module._buffers}:
+        parts = ", ".join(other for other in {**module._parameters, **module._buffers} if other.startswith(f"{name}_"))
+        raise ArgumentError(
+            f"{label} is no parameter but computed from others ({parts or 'unknown'}), as by weight norm or pruning; "
+            "make it one first: torch.nn.utils.remove_weight_norm(layer), torch.nn.utils.prune.remove(layer, name)"
+        )
 
 
 def _raw(module: nn.Module, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from opnorm.parametrize.chains import chain_of
 from opnorm.parametrize.checks import Asked, checked_view, located
 from opnorm.parametrize.families import Norm
 from opnorm.parametrize.flow import Flow, run_once
-from opnorm.parametrize.register import detach_parametrization, spectral_norm
+from opnorm.parametrize.register import attach, detach_parametrization
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -63,22 +63,20 @@ def convert(
     flow = Flow() if example_input is None or norm != "operator" else run_once(model, example_input)
     paths = {module: path for path, module in model.named_modules()}
     asked = [Asked(rule.n_power_iterations, _dim(rule, norm), lipschitz, mode, norm) for *_, rule in found]
+    views = []
     for (module, name, _), options in zip(found, asked, strict=True):
         if parametrize.is_parametrized(module, name) and len(chain_of(module, name)) > 1:
             raise ArgumentError(
                 f"{paths[module]}.{name}".lstrip(".") + " has other parametrizations too; remove those first"
             )
         with located(paths[module], sizes="or convert(model, example_input)", skip=False):
-            checked_view(module, name, options, flow.shapes.get(module), replacing=True)
-    for (module, name, rule), options in zip(found, asked, strict=True):
+            views.append(checked_view(module, name, options, flow.shapes.get(module), replacing=True))
+    for (module, name, rule), options, view in zip(found, asked, views, strict=True):
         if isinstance(rule, SpectralNorm):
             _remove_hook(module, name, rule)
         else:
             detach_parametrization(module, name)
-        spectral_norm(
-            module, name, options.iterations, dim=options.dim, lipschitz=lipschitz, mode=mode, norm=norm,
-            input_shape=flow.shapes.get(module),
-        )  # fmt: skip
+        attach(module, name, options, view)
     return model
 
 

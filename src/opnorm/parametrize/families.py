@@ -48,7 +48,7 @@ def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_sha
     Raises:
         ArgumentError: if the layer has no such weight, or an argument does not fit.
         UnsupportedLayerError: if there is no rule for the true operator of this layer.
-        WeightError: if the weight has not been created yet, or has fewer than two axes.
+        WeightError: if the weight has not been created yet, is empty, or has fewer than two axes.
     """
     weight = getattr(module, name, None)
     label = f"{type(module).__name__}.{name}"
@@ -60,6 +60,8 @@ def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_sha
         raise WeightError(f"{label} has the dtype {weight.dtype}, which cannot be divided; normalise the float layer")
     if weight.ndim < 2:
         raise WeightError(f"{label} has shape {tuple(weight.shape)}; a vector has no operator norm to divide by")
+    if not weight.numel():
+        raise WeightError(f"{label} has shape {tuple(weight.shape)}: no entries to divide; leave the layer out")
     usual = 1 if isinstance(module, TRANSPOSED) else 0
     if norm == "reshaped":
         axis = usual if dim is None else dim % weight.ndim
@@ -99,7 +101,7 @@ def _bare(module: nn.Module) -> nn.Module:
         "_forward_pre_hooks": {},
     }
     weight: Tensor = module.weight  # type: ignore[assignment]
-    zero = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+    zero = torch.zeros((), dtype=weight.dtype, device="cpu").expand(weight.shape)  # also where all else is meta
     other._parameters.update(weight=nn.Parameter(zero, requires_grad=False), bias=None)
     return other
 

@@ -1,12 +1,15 @@
 """Plain torch again, with the normalised weights."""
 
 import copy
+from collections import Counter, defaultdict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from opnorm.errors import ArgumentError
-from opnorm.parametrize.chains import normalised
-from opnorm.parametrize.register import remove_spectral_norm
+from opnorm.parametrize.chains import chain_of, normalised
+from opnorm.parametrize.register import proved_value, settle
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -31,6 +34,25 @@ def fold(model: nn.Module) -> nn.Module:
     found = normalised(plain)
     if not found:
         raise ArgumentError(f"nothing in this {type(model).__name__} is normalised by opnorm; there is nothing to fold")
-    for _, module, name, _ in found:
-        remove_spectral_norm(module, name)
+    values = [proved_value(module, name) for _, module, name, _ in found]
+    _untie(plain, [(chain_of(module, name), value) for (_, module, name, _), value in zip(found, values, strict=True)])
+    for (_, module, name, _), value in zip(found, values, strict=True):
+        settle(module, name, value)
     return plain
+
+
+def _untie(model: nn.Module, found: list[tuple[ParametrizationList, Tensor]]) -> None:
+    """Give each weight a raw tensor of its own where tied ones are used with other values, or as they are."""
+    holders = Counter(
+        id(held) for module in model.modules() for held in {**module._parameters, **module._buffers}.values()
+    )
+    tied: dict[int, list[tuple[ParametrizationList, Tensor]]] = defaultdict(list)
+    for chain, value in found:
+        tied[id(chain.original)].append((chain, value))
+    for place, group in tied.items():
+        if holders[place] > len(group) or not all(torch.equal(value, group[0][1]) for _, value in group):
+            for chain, value in group:
+                if isinstance(chain.original, nn.Parameter):
+                    chain._parameters["original"] = nn.Parameter(value.clone(), chain.original.requires_grad)
+                else:
+                    chain._buffers["original"] = value.clone()

@@ -70,6 +70,18 @@ class NormalizedWeight(Tensor):
         self._path, self._detached, self._value, self._written = (), False, None, False
         return self
 
+    @property
+    def _is_param(self) -> bool:
+        """What `nn.Parameter(tensor)` sets on a tensor of another class than torch's own: it would not be one here."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:
+        raise ArgumentError(
+            "a normalised weight is computed from the raw one and cannot be a parameter; make one of "
+            "layer.weight.detach().clone()"
+        )
+
     def materialised(self) -> Tensor:
         """Return the normalised weight as a plain tensor, computed once for each access to `layer.weight`."""
         root = self._root

@@ -34,8 +34,8 @@ class Projector:
         skip: names of modules to leave out, with `*` for anything.
 
     Raises:
-        ArgumentError: if there is nothing to project, a weight is normalised by opnorm already, or a name or an option
-            fits nothing.
+        ArgumentError: if there is nothing to project, a weight is normalised by opnorm already or computed from
+            others, or a name or an option fits nothing.
         InputShapeError: if a layer's norm depends on an input size that is not given.
 
     Example:
@@ -62,9 +62,18 @@ class Projector:
             model, lipschitz=lipschitz, mode=mode, norm=norm, iterations=n_power_iterations,
             input_shapes=input_shapes, skip=skip,
         )  # fmt: skip
-        for label, (module, name, _) in self._tracked.items():
+        seen: set[int] = set()
+        for label, (module, name, _) in list(self._tracked.items()):
             if rule_of(module, name) is not None:
                 raise ArgumentError(f"{label} is normalised by opnorm.spectral_norm; a projector is for plain weights")
+            if name not in {*module._parameters, *module._buffers}:
+                raise ArgumentError(
+                    f"{label} is computed from other tensors, by a parametrization, weight norm or pruning, and what "
+                    f"is written to it would be lost; take that off first, or skip={[label.rpartition('.')[0]]}"
+                )
+            if id(getattr(module, name)) in seen:  # tied to one before, with which it is divided
+                del self._tracked[label]
+            seen.add(id(getattr(module, name)))
 
     @torch.no_grad()
     def step_(self, *, proved: bool = False) -> dict[str, float]:

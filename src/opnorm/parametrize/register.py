@@ -17,6 +17,7 @@ from opnorm.parametrize.reading import read_directly
 from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
 from opnorm.parametrize.states import adopt_state
+from opnorm.parametrize.views import View
 from opnorm.parametrize.watched import unwatch, watch
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -81,22 +82,25 @@ def spectral_norm(
                 f"{type(module).__name__} has no weight that opnorm knows; opnorm.normalize(model) takes the layers of "
                 "a model, and name=... with norm='reshaped' any weight of at least two axes"
             )
-        asked = Asked(n_power_iterations, dim, lipschitz, mode, norm, learn_scale)
-        for owner, weight_name in found:  # so that a refusal leaves the layer as it was
-            checked_view(owner, weight_name, asked if owner is module else replace(asked, dim=None), input_shape)
-        for owner, weight_name in found:
-            spectral_norm(
-                owner, weight_name, n_power_iterations, eps, dim if owner is module else None, lipschitz=lipschitz,
-                mode=mode, norm=norm, input_shape=input_shape, learn_scale=learn_scale,
-            )  # fmt: skip
-        return module
+    else:
+        found = [(module, name)]
     asked = Asked(n_power_iterations, dim, lipschitz, mode, norm, learn_scale)
-    view = checked_view(module, name, asked, input_shape)
+    each = [asked if owner is module else replace(asked, dim=None) for owner, _ in found]
+    # All of them first, so that a refusal leaves the layer as it was.
+    views = [checked_view(*pair, options, input_shape) for pair, options in zip(found, each, strict=True)]
+    for pair, options, view in zip(found, each, views, strict=True):
+        attach(*pair, options, view)
+    return module
+
+
+def attach(module: nn.Module, name: str, asked: Asked, view: View) -> None:
+    """Normalise a weight that was checked."""
     label = f"{type(module).__name__}.{name}"
     raw: Tensor = getattr(module, name)
     rule = SpectralNormalization(
-        view, float(lipschitz), mode, n_power_iterations, label, learn_scale=learn_scale, norm=norm
-    ).to(raw.device)
+        view, float(asked.lipschitz), asked.mode, asked.iterations, label, learn_scale=asked.learn_scale,
+        norm=asked.norm,
+    ).to(raw.device)  # fmt: skip
     rule.order = tuple(module._parameters)
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
@@ -108,14 +112,14 @@ def spectral_norm(
     if raw.device.type != "meta":
         rule.triple(chain.original)
     module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)  # type: ignore[no-untyped-call]
-    return module
 
 
 def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> ModuleT:
     """Make the weight that evaluation uses a plain parameter again; nothing of opnorm is left on the layer.
 
     Args:
-        module: a layer that `spectral_norm` was applied to; changed in place.
+        module: a layer that `spectral_norm` was applied to; changed in place. The raw parameter stays the same object,
+            so that what is tied to it changes with it; `opnorm.fold` unties where it has to.
         name: the weight; None for every one that is normalised.
 
     Raises:
@@ -136,14 +140,25 @@ def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> Module
         for owner, other in found:
             remove_spectral_norm(owner, other)
         return module
+    settle(module, name, proved_value(module, name))
+    return module
+
+
+def proved_value(module: nn.Module, name: str) -> Tensor:
+    """Return the weight that evaluation uses, of a weight that may be settled."""
     rule = rule_of(module, name)
     if rule is None:
         raise ArgumentError(f"{type(module).__name__}.{name} is not normalised by opnorm.spectral_norm")
     chain = chain_of(module, name)
     if len(chain) > 1:
         raise ArgumentError(f"{rule.label} has other parametrizations besides opnorm's; remove those first")
-    raw: Tensor = chain.original
-    value = rule.deployed(raw, rule.bound()).clone()
+    return rule.deployed(chain.original, rule.bound()).clone()
+
+
+def settle(module: nn.Module, name: str, value: Tensor) -> None:
+    """Write a value to the raw weight and make that a plain parameter, without anything of opnorm."""
+    rule = cast(SpectralNormalization, rule_of(module, name))
+    raw: Tensor = chain_of(module, name).original
     detach_parametrization(module, name)
     places = {other: place for place, other in enumerate(rule.order)}
     held = sorted(module._parameters.items(), key=lambda item: places.get(item[0], -1))
@@ -156,7 +171,6 @@ def remove_spectral_norm(module: ModuleT, name: str | None = "weight") -> Module
         inner = getattr(hook, "hook", hook)
         if isinstance(inner, partial) and inner.func is adopt_state and inner.args == (name,):
             del hooks[number]
-    return module
 
 
 def detach_parametrization(module: nn.Module, name: str) -> None:

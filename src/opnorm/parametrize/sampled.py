@@ -55,7 +55,26 @@ def _weight_gradient(operator: LinearOperator, x: Tensor, y: Tensor, weight: Ten
     padding = [left for left, _ in conv.padding] if transposed else [0] * conv.dims
     extra = list(operator.output_padding) if isinstance(operator, ConvTranspose) else [0] * conv.dims
     fed = x if transposed else replace(conv, weight=weight).pad(x)
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        y, fed, weight, None, conv.stride, padding, conv.dilation, transposed, extra, conv.groups, (False, True, False)
+
+    def product(y: Tensor, fed: Tensor) -> Tensor:
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            y,
+            fed,
+            weight.real,
+            None,
+            conv.stride,
+            padding,
+            conv.dilation,
+            transposed,
+            extra,
+            conv.groups,
+            (False, True, False),
+        )
+        return found[1]
+
+    if not weight.is_complex():
+        return product(y, fed)
+    # `y conj(x)`, written out: torch has no such gradient of complex tensors on the CPU.
+    return torch.complex(
+        product(y.real, fed.real) + product(y.imag, fed.imag), product(y.imag, fed.real) - product(y.real, fed.imag)
     )
-    return found[1]

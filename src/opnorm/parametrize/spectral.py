@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
 from typing import Literal, Protocol
@@ -40,6 +41,9 @@ DEPTH = 2
 WHOLE_EVERY, CONV_WHOLE_EVERY = 2, 6
 """Later, vectors other than the first, scouts and the frequency move at some values only."""
 
+SCALE_START = 5.0
+"""Of theta: a scale of 0.993 K."""
+
 ADAPTIVE_TOLERANCE = 5e-5
 ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
 
@@ -47,6 +51,11 @@ ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
 def _no_transforms() -> AbstractContextManager[object]:
     """Values are computed outside the transforms of torch.func, which would wrap them, if there are any."""
     return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else nullcontext()
+
+
+def _countable() -> AbstractContextManager[object]:
+    """Values are kept for later, when autograd may record them: they cannot be tensors of inference mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Handed(Protocol):
@@ -93,7 +102,7 @@ class SpectralNormalization(nn.Module):
         self.view, self.lipschitz, self.mode, self.iterations = view, lipschitz, mode, iterations
         self.label, self.norm = label, norm
         self.order: tuple[str, ...] = ()
-        self.scale = nn.Parameter(torch.tensor(5.0)) if learn_scale else None
+        self.scale = nn.Parameter(torch.tensor(SCALE_START)) if learn_scale else None
         for name in ("y", "omega", "scouts"):
             self.register_buffer(name, None, persistent=False)
         self._number = compiled.enrol(self)
@@ -123,11 +132,9 @@ class SpectralNormalization(nn.Module):
         """Return the normalised weight; in eager mode it is computed when it is read."""
         if torch.compiler.is_compiling():
             return self._in_graph(weight)
-        if (
-            torch._C._is_tracing()
-            or sharding.is_sharded(weight)
-            or torch._C._functorch.is_functorch_wrapped_tensor(weight)
-        ):
+        if torch._C._is_tracing():
+            raise self._not_exported()
+        if weight.is_meta or sharding.is_sharded(weight) or torch._C._functorch.is_functorch_wrapped_tensor(weight):
             return self.value(weight)
         return NormalizedWeight(self, weight)
 
@@ -136,7 +143,9 @@ class SpectralNormalization(nn.Module):
         return weight.materialised() if isinstance(weight, NormalizedWeight) else weight
 
     def value(self, weight: Tensor) -> Tensor:
-        """Return the normalised weight as a plain tensor."""
+        """Return the normalised weight as a plain tensor; on the meta device, where there are no values, its shape."""
+        if weight.is_meta:
+            return weight.clone()
         if torch._C._functorch.is_functorch_wrapped_tensor(weight):
             return self._transformed(weight)
         differentiable = torch.is_grad_enabled() and (weight.requires_grad or self.scale is not None)
@@ -161,7 +170,7 @@ class SpectralNormalization(nn.Module):
         assert isinstance(x, Tensor)
         flat = x.reshape(-1, x.shape[-1])
         out: Tensor = ScaledLinear.apply(flat, raw, bias, self.triple(raw), self.lipschitz, self.mode == "clip")  # type: ignore[no-untyped-call]
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], len(raw))
 
     def convolved(
         self, x: object, weight: NormalizedWeight, bias: Tensor | None, shape: convolved.Geometry | None
@@ -212,9 +221,7 @@ class SpectralNormalization(nn.Module):
 
     def _in_graph(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            raise ArgumentError(
-                f"{self.label} is normalised: export opnorm.fold(model), whose weights are plain and proved"
-            )
+            raise self._not_exported()
         if not self.training:
             bound = self.bound()
             stored: Tensor | None = compiled.deployed(
@@ -226,6 +233,11 @@ class SpectralNormalization(nn.Module):
             stored = None
         sigma, left, right = compiled.triple(weight.detach(), self._number)
         return self._composed(weight, Triple(sigma, left, None if self.view.sampled else right), stored)
+
+    def _not_exported(self) -> ArgumentError:
+        return ArgumentError(
+            f"{self.label} is normalised: export or trace opnorm.fold(model), whose weights are plain and proved"
+        )
 
     def _transformed(self, weight: Tensor) -> Tensor:
         """Under vmap and other transforms: one more iteration from the buffers, which are not written."""
@@ -254,7 +266,7 @@ class SpectralNormalization(nn.Module):
         afresh = sharding.agreed(weight, lost)
         broken = False
         try:
-            with torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
+            with _countable(), torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
                 raw = weight.detach().to(dtype)
                 self._age = 0 if afresh else self._age
                 block, found = self._converged(raw) if afresh else self._advanced(raw, dtype)
@@ -270,13 +282,22 @@ class SpectralNormalization(nn.Module):
         if broken:
             self._key = None  # nothing is learned from a broken weight, and the next value starts afresh
             if self._triple is None:
-                raise WeightError(f"{self.label} holds NaN or infinite values, so it has no norm to divide by")
+                raise WeightError(
+                    f"{self.label} holds NaN, infinite or huge values, so it has no norm of its dtype to divide by"
+                )
             return self._triple
         self._store(block)
         self._key, self._triple = key, triple
         return self._triple
 
     def _converged(self, raw: Tensor) -> tuple[Block, Triple]:
+        tame, exponent = values.tamed(raw)
+        block, triple = self._begun(tame)
+        if exponent:
+            triple = triple._replace(sigma=torch.ldexp(triple.sigma, torch.tensor(exponent)))
+        return block, triple
+
+    def _begun(self, raw: Tensor) -> tuple[Block, Triple]:
         if self.view.sampled:
             block = sampled.start(self.view, raw, WIDTH)
             return blocks.iterate(
@@ -366,11 +387,19 @@ class SpectralNormalization(nn.Module):
             if not sharding.agreed(weight, not same):
                 self._stored, self._verify = (key, *self._stored[1:]), False
                 return self._stored[3]
-        with torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
+        with _countable(), torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
             whole = deploy(self.view, sharding.gathered(weight), lipschitz, self.mode, self.label)
             result = sharding.as_before(whole, weight)
         self._stored, self._verify = (key, values.fingerprint(weight), lipschitz, result), False
         return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpectralNormalization":
+        """As a module's. What takes the vectors' place may hold anything, as after `to_empty`: a fresh start."""
+        before = self._buffers["y"]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._buffers["y"] is not before:
+            self._key = None
+        return self
 
     def train(self, mode: bool = True) -> "SpectralNormalization":
         """Switch; the first evaluation after it compares every bit of the weight with what the proof was made for."""
@@ -389,6 +418,11 @@ class SpectralNormalization(nn.Module):
         if self.ready is not None:
             self.ready.reader = None
         self.ready = ready
+
+    def reset_parameters(self) -> None:
+        """Set the learned scale to its start, for models that are made on the meta device."""
+        if self.scale is not None:
+            nn.init.constant_(self.scale, SCALE_START)
 
     # ---------------------------------------------------------------- state dicts
 

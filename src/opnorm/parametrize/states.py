@@ -3,9 +3,11 @@
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opnorm.parametrize.chains import rule_of
+from opnorm.parametrize.spectral import SCALE_START, SpectralNormalization
 
 
 def adopt_state(
@@ -36,9 +38,27 @@ def adopt_state(
     rule = rule_of(module, name)
     if rule is None:
         return
-    empty = rule.get_extra_state()[:0]
-    differing = rule.differing(state.setdefault(f"{own}_extra_state", empty))
+    extra = state.setdefault(f"{own}_extra_state", rule.get_extra_state()[:0])
+    differing = rule.differing(extra)
     if differing:
         warnings.warn(f"{prefix}{name}: the checkpoint was normalised with {differing}", stacklevel=2)
-    if rule.scale is not None:
-        state.setdefault(f"{own}scale", rule.scale.detach().clone())
+    _adopt_scale(rule, state, f"{own}scale", f"{prefix}{name}")
+
+
+def _adopt_scale(rule: SpectralNormalization, state: dict[str, Tensor], key: str, label: str) -> None:
+    """Fill in a learned scale that the checkpoint does not have, and say where one has no place in the layer."""
+    if rule.scale is not None and key not in state:
+        own = torch.tensor(SCALE_START) if rule.scale.is_meta else rule.scale.detach().clone()
+        state[key] = own
+        if state[key.removesuffix("scale") + "_extra_state"].numel():  # of an opnorm layer, so that it was used without
+            share = float(torch.sigmoid(own))
+            warnings.warn(
+                f"{label}: the checkpoint has no learned scale; this layer's own stays, {share:.4g} K", stacklevel=3
+            )
+    elif rule.scale is None and key in state:  # torch raises, or where strict=False leaves it out
+        share = float(torch.sigmoid(state[key]))
+        warnings.warn(
+            f"{label}: the checkpoint has a learned scale, {share:.4g} K, which this layer has not; make it with "
+            "learn_scale=True, or load opnorm.fold(trained model).state_dict() into a plain model",
+            stacklevel=3,
+        )

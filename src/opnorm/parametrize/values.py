@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opnorm.norms.scaling import largest_part, normalised
 from opnorm.parametrize.on_device import host_waits
-from opnorm.parametrize.sharding import local
+from opnorm.parametrize.sharding import is_sharded, local
 from opnorm.parametrize.watched import Stamp, carried, stamp
 
 _SAMPLE = 64
@@ -31,6 +32,18 @@ class Key(NamedTuple):
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which the estimate is computed: at least single precision."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+_ORDINARY = 1e-30, 1e30
+
+
+def tamed(raw: Tensor) -> tuple[Tensor, int]:
+    """Return `(scaled, exponent)` with `raw = scaled * 2**exponent`: itself and 0 for all but extreme weights."""
+    largest = 1.0 if is_sharded(raw) else largest_part(raw)
+    if largest == 0 or not math.isfinite(largest) or _ORDINARY[0] < largest < _ORDINARY[1]:
+        return raw, 0
+    scaled, exponent = normalised(raw)
+    return scaled.to(raw.dtype), exponent
 
 
 class Sampler:

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from opnorm.norms.fourier import torus_sizes
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
 
 Axes = tuple[int, ...]
@@ -54,7 +55,7 @@ class View:
     def strides(self) -> Axes:
         """Per axis on which the map varies with the frequency."""
         conv = self.template.conv if isinstance(self.template, ConvTranspose) else self.template
-        return conv.stride if isinstance(conv, Conv) and self.frequencies else ()
+        return _strides(conv) if isinstance(conv, Conv) and self.frequencies else ()
 
     def matrices(self, weight: Tensor) -> Tensor:
         """Return the weight as (blocks, rows, columns * taps)."""
@@ -98,16 +99,18 @@ def conv_view(operator: Conv | ConvTranspose, *, sampled: bool = False) -> View:
         return View(template, conv.groups)
     taps = list(product(*(range(k) for k in conv.kernel)))
     positions = tuple(tuple(d * j for d, j in zip(conv.dilation, tap, strict=True)) for tap in taps)
-    classes = [tuple(p % s for p, s in zip(position, conv.stride, strict=True)) for position in positions]
+    classes = [tuple(p % s for p, s in zip(position, _strides(conv), strict=True)) for position in positions]
     index = {residue: i for i, residue in enumerate(dict.fromkeys(classes))}
     return View(template, conv.groups, True, 0, positions, tuple(index[c] for c in classes), _torus(conv))
 
 
+def _strides(conv: Conv) -> Axes:
+    """What the bound is for: circular padding of any size may have a length that the stride does not divide."""
+    return (1,) * conv.dims if conv.mode == "circular" and conv.spatial is None else conv.stride
+
+
 def _torus(conv: Conv) -> Axes | None:
-    """The smallest torus whose norm bounds the zero-padded map; the real size where padding wraps around."""
+    """The torus by which the zero-padded map is proved; the real size where padding wraps around."""
     if conv.spatial is None:
         return None
-    if conv.mode == "circular":
-        return tuple(conv.spatial)
-    axes = zip(conv.spatial, conv.reach, conv.padding, conv.stride, strict=True)
-    return tuple(-(-(n + max(reach, *pad)) // s) * s for n, reach, pad, s in axes)
+    return tuple(conv.spatial) if conv.mode == "circular" else torus_sizes(conv)[0]

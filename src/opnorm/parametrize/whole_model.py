@@ -17,7 +17,7 @@ from opnorm.parametrize.checks import Asked, checked_view, located
 from opnorm.parametrize.covered import undoing
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, Shape, weights_of
 from opnorm.parametrize.flow import run_once, sequence
-from opnorm.parametrize.register import spectral_norm
+from opnorm.parametrize.register import attach
 from opnorm.parametrize.spectral import Iterations
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -85,17 +85,15 @@ def normalize(
     paths = {module: path for path, module in model.named_modules()}
     asked = Asked(n_power_iterations, None, each, mode, norm, learn_scale)
     shapes = flow.shapes if norm == "operator" else {}
+    views = []
     for module, name in found:  # so that a refusal leaves the model as it was
         with located(paths[module], sizes="or normalize(model, example_input)"):
-            checked_view(module, name, asked, _size(shapes, module))
+            views.append(checked_view(module, name, asked, _size(shapes, module)))
     if fold_batch_norm:
         fold_batch_norms(model, example_input)
         flow = run_once(model, example_input)
-    for module, name in found:
-        spectral_norm(
-            module, name, n_power_iterations, lipschitz=each, mode=mode, norm=norm, learn_scale=learn_scale,
-            input_shape=_size(shapes, module),
-        )  # fmt: skip
+    for (module, name), view in zip(found, views, strict=True):
+        attach(module, name, asked, view)
     inert = [
         path for path, module in model.named_modules() if any(m is module for m, _ in found) and undoing(module, flow)
     ]
