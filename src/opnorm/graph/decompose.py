@@ -14,8 +14,8 @@ _RECURRENT = frozenset([*_LAYERS, *_CELLS])
 _BY_NAME = (
     "einsum.default", "glu.default", "baddbmm.default", "outer.default", "inner.default", "tensordot.default",
     "linalg_multi_dot.default", "kron.default", "diff.default", "lerp.Scalar", "addcmul.default", "addcdiv.default",
-    "max.other", "min.other", "clip.default", 
-    "masked_fill.Scalar", "masked_fill.Tensor", "select_scatter.default", 
+    "max.other", "min.other", "clip.default",
+    "masked_fill.Scalar", "masked_fill.Tensor",
     "cosine_similarity.default", "fill.Tensor", "fill.Scalar", "std.default", "std.dim",
     "vdot.default", "dot.default", "mv.default", "addmv.default", "rsub.Tensor",
 )  # fmt: skip

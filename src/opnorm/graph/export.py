@@ -7,17 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
+from torch.utils._pytree import tree_leaves
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError
-from opnorm.graph.batch import batch_place, check_samples_apart, varies_fastest
+from opnorm.graph.apart import check_samples_apart, computed, is_shaped_like, operation_of, stored_names, stored_of
+from opnorm.graph.batch import batch_place, varies_fastest
 from opnorm.graph.decompose import written_out
 from opnorm.graph.types import Graph, Node, Ref, Weight
 
 Example = Tensor | tuple[Tensor, ...]
 
-_SHAPED_LIKE = frozenset({
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+_NEAR = 1e-2
+"""How far the graph's results may be from the model's: far above rounding, by other operations or in another order."""
+_IN_PLACE = frozenset({
+    "add_", "sub_", "mul_", "div_", "neg_", "copy_", "fill_", "masked_fill_", "detach_", "clamp_", "dropout_",
+    "relu_", "relu6_", "leaky_relu_", "elu_", "celu_", "selu_", "hardtanh_", "hardswish_", "hardsigmoid_", "silu_",
+    "mish_", "sigmoid_", "tanh_", "rrelu_", "threshold_",
 })  # fmt: skip
+"""Operations in place that are read as they are, where nothing else can see what they write."""
 _RANDOM = frozenset({
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_",
     "multinomial", "normal", "normal_", "uniform", "uniform_", "exponential", "exponential_", "normal_functional",
@@ -40,9 +48,11 @@ def export(model: nn.Module, example_input: Example) -> Graph:
     model = _unwrapped(model)
     _refuse_training(model)
     batches = two_samples(example_input)
-    _require_fitting(model, batches)
+    results = _results(model, batches)
     program = _exported(model, batches)
-    return _Reader(program, batches).graph()
+    graph = _Reader(program, batches, results).graph()
+    check_samples_apart(program, graph.nodes, batches)
+    return graph
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -81,6 +91,8 @@ def two_samples(example_input: Example) -> tuple[Tensor, ...]:
             raise ArgumentError(f"input {number} is complex, and complex numbers are not followed")
         if batch.dim() < 1 or batch.shape[0] == 0:
             raise ArgumentError(f"input {number} must be a tensor with a batch as its first axis")
+        if batch[0].numel() == 0:
+            raise ArgumentError(f"input {number} has samples without elements: their shape is {tuple(batch.shape[1:])}")
         if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
             raise ArgumentError(f"input {number} holds NaN or infinite values")
         rows = batch.detach()[:2]
@@ -88,8 +100,8 @@ def two_samples(example_input: Example) -> tuple[Tensor, ...]:
     return tuple(batches)
 
 
-def _require_fitting(model: nn.Module, batches: tuple[Tensor, ...]) -> None:
-    """Refuse an input that the model itself refuses: the exporter would blame the model for it.
+def _results(model: nn.Module, batches: tuple[Tensor, ...]) -> list[Any]:
+    """What the model itself gives; an input that it refuses is refused here: the exporter would blame the model.
 
     Raises:
         ArgumentError: with the shapes and dtypes, and the model's own words.
@@ -97,7 +109,8 @@ def _require_fitting(model: nn.Module, batches: tuple[Tensor, ...]) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model's own: they are no reason to refuse the input
-            model(*(b.clone() for b in batches))  # of its own, as a forward may write into it
+            # Inputs of its own, as a forward may write into them.
+            return tree_leaves(model(*(b.clone() for b in batches)), is_leaf=lambda part: part is None)
     except Exception as problem:  # whatever a forward may raise
         given = ", ".join(f"{str(b.dtype).removeprefix('torch.')} {tuple(b.shape[1:])}" for b in batches)
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
@@ -108,9 +121,11 @@ def _require_fitting(model: nn.Module, batches: tuple[Tensor, ...]) -> None:
 
 
 def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in batches)
     # A dynamic axis is traced as one that is not 0 or 1; three samples keep it from meeting another size of two.
     example = tuple(torch.cat([b, b[:1]]) for b in batches)
+    dynamic: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call] # by tensor, so that `forward(self, *inputs)` is traced as well
+    for batch in example:
+        dynamic[batch] = {0: torch.export.Dim.DYNAMIC}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations, raised inside its exporter
@@ -130,19 +145,21 @@ def _exported(model: nn.Module, batches: tuple[Tensor, ...]) -> torch.export.Exp
 def _writes_shared_memory(program: torch.export.ExportedProgram) -> bool:
     """Whether an operation in place could be seen through another name: then the graph must be made functional."""
     for node in program.graph.nodes:
-        name = str(node.target).split(".")
-        if node.op == "call_function" and len(name) > 1 and name[1].endswith("_") and not name[1].startswith("_"):
-            source = node.args[0]
-            fresh = source.op == "call_function" and not _may_alias(source) and not _constant(source)
-            if not fresh or len(source.users) > 1:
-                return True
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        source, name = node.args[0] if node.args else None, operation_of(node)
+        if name not in _IN_PLACE or not isinstance(source, torch.fx.Node) or len(source.users) > 1:
+            return True
+        if source.op != "call_function" or _may_alias(source) or _constant(source):
+            return True
     return False
 
 
 def _constant(node: torch.fx.Node) -> bool:
     """Whether a tensor is a stored constant of the graph, which nothing may write to."""
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    return not tensors or bool(_SHAPED_LIKE.intersection(_text(node.target).split(".")[1:2]))
+    return not tensors or is_shaped_like(node)
 
 
 def _may_alias(node: torch.fx.Node) -> bool:
@@ -158,8 +175,9 @@ def _may_alias(node: torch.fx.Node) -> bool:
 class _Reader:
     """Walks an exported program once with two samples, and writes down what it meets."""
 
-    def __init__(self, program: torch.export.ExportedProgram, batches: tuple[Tensor, ...]) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, batches: tuple[Tensor, ...], expected: list[Any]) -> None:
         self.program = program
+        self.expected = expected
         self.env: dict[str, Any] = {}
         self.weights: dict[str, Tensor] = {}
         self.derived: set[str] = set()
@@ -173,19 +191,16 @@ class _Reader:
     def graph(self) -> Graph:
         inputs: list[str] = []
         outputs: tuple[str, ...] = ()
-        signature = self.program.graph_signature
-        state = {**self.program.state_dict, **self.program.constants}
-        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        stored |= signature.inputs_to_lifted_tensor_constants
+        names, stored = stored_names(self.program), stored_of(self.program)
         queue = list(self.batches)
         with torch.no_grad():
             for node in self.program.graph.nodes:
                 if node.op == "placeholder" and node.name in stored:
-                    self._remember(node.name, stored[node.name], state[stored[node.name]].detach())
+                    self._remember(node.name, names[node.name], stored[node.name].detach())
                 elif node.op == "placeholder":
                     batch = queue.pop(0)
                     self.env[node.name] = batch
-                    self.batch_sizes |= node.meta["val"].shape[0].node.expr.free_symbols
+                    self.batch_sizes |= self._batch_size(node)
                     self.varied.add(node.name)
                     if batch.is_floating_point():
                         inputs.append(node.name)
@@ -201,11 +216,20 @@ class _Reader:
                         f"the exported graph holds {node.op} {node.name}: a part of the forward runs in a context of "
                         "its own, such as torch.autocast or torch.cond; take it out of the forward"
                     )
-        graph = Graph(
+        return Graph(
             tuple(self.nodes), tuple(inputs), outputs, self.weights, frozenset(self.derived), tuple(self.labels)
         )
-        check_samples_apart(graph, self.batches)
-        return graph
+
+    def _batch_size(self, node: torch.fx.Node) -> set[Any]:
+        """The symbol that stands for the size of the batch."""
+        size = node.meta["val"].shape[0]
+        symbols: set[Any] = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+        if not symbols:
+            raise UnsupportedLayerError(
+                f"torch.export fixes the size of the batch in the input {node.name!r}; a write into one of several "
+                "views (unbind, chunk) is a usual cause: write into a slice instead"
+            )
+        return symbols
 
     def _remember(self, name: str, weight: str, value: Tensor) -> None:
         self.env[name] = value
@@ -213,22 +237,16 @@ class _Reader:
         self.weight_of[name] = weight
 
     def _call(self, node: torch.fx.Node) -> None:
-        operation = _text(node.target).split(".")[1:2]
-        if _RANDOM.intersection(operation):
+        if operation_of(node) in _RANDOM:
             path, module = _home(node)
             raise UnsupportedLayerError(
                 f"{node.target} in {path or 'the model'} ({module}) is random, so the model is no function of its "
                 "inputs; pass the noise as an input"
             )
-        args = torch.fx.node.map_arg(node.args, lambda n: self.env[n.name])
-        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: self.env[n.name])
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
-        like = bool(_SHAPED_LIKE.intersection(operation))
-        if like and "empty" in operation[0]:
-            result = torch.zeros_like(result)  # whatever was in memory
+        result = computed(node, self.env)
         self.env[node.name] = result
         reads = any(source.name in self.varied for source in node.all_input_nodes)
-        if like or not reads:
+        if is_shaped_like(node) or not reads:
             if isinstance(result, Tensor):
                 self._remember(node.name, f"{node.name} (computed)", result)
                 self.derived.add(f"{node.name} (computed)")
@@ -254,6 +272,7 @@ class _Reader:
             tuple(self._argument(a) for a in node.args),
             {k: self._argument(a) for k, a in node.kwargs.items()},
             tuple(result.shape) if isinstance(result, Tensor) else (),
+            result.dtype if isinstance(result, Tensor) else None,
             *place,
             inner,
             path,
@@ -264,18 +283,21 @@ class _Reader:
         """Whether the batch varies fastest: from the operation that merges it, or inherited."""
         known = {n.name: n for n in self.nodes}
         before = [known[n.name] for n in node.all_input_nodes if n.name in known]
-        for source in before:
-            if source.merged > 1:
-                return source.inner
+        before = [source for source in before if source.batch_axis is not None]
+        inherited = {source.inner for source in before if source.merged > 1}
+        if len(inherited) > 1 or len({source.merged for source in before if source.merged > 1}) > 1:
+            raise UnsupportedLayerError(f"{where} mixes the samples of a batch: it reads them in different orders")
         ids = {}
         for source in before:
             value = self.env[source.name]
-            assert source.batch_axis is not None
-            order = torch.arange(2, dtype=value.dtype).reshape([-1] + [1] * (value.dim() - source.batch_axis - 1))
+            number = torch.arange(2, dtype=value.dtype).reshape(-1, *([1] * len(source.sample_shape)))
+            order = source.batched(number.expand(2, *source.sample_shape))
             ids[source.name] = torch.empty_like(value).copy_(order)  # with the strides that a view relies on
-        args = torch.fx.node.map_arg(node.args, lambda n: ids.get(n.name, self.env[n.name]))
-        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: ids.get(n.name, self.env[n.name]))
-        return varies_fastest(node.target(*args, **kwargs), axis, where)  # type: ignore[operator]
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: ids.get(n.name, self.env[n.name]))
+        inner = varies_fastest(node.target(*args, **kwargs), axis)  # type: ignore[operator]
+        if inner is None and not inherited:
+            raise UnsupportedLayerError(f"{where} interleaves the samples of a batch with another axis")
+        return inherited.pop() if inner is None else inner  # not all operations leave the numbers as they are
 
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
@@ -287,13 +309,39 @@ class _Reader:
         return argument
 
     def _outputs(self, node: torch.fx.Node) -> tuple[str, ...]:
-        names = []
-        for result in torch.fx.node.map_arg(node.args[0], lambda n: n):  # type: ignore[union-attr]
-            if isinstance(result, torch.fx.Node) and result.name in self.varied:
-                names.append(result.name)  # what is constant, or None, never differs
+        names: list[str] = []
+        given: list[Any] = []
+        specs = self.program.graph_signature.output_specs
+        results: Any = torch.fx.node.map_arg(node.args[0], lambda n: n)
+        for result, spec in zip(results, specs, strict=True):
+            if spec.kind != OutputKind.USER_OUTPUT:
+                continue  # what the forward wrote into an input or a buffer
+            traced = isinstance(result, torch.fx.Node)
+            given.append(self.env[result.name] if traced else result)
+            if traced and result.name in self.varied and not _empty(given[-1]):
+                names.append(result.name)  # what is constant, empty or None never differs
+        self._require_same(given)
         if not names:
             raise UnsupportedLayerError("no output of the model depends on its inputs")
         return tuple(names)
+
+    def _require_same(self, given: list[Any]) -> None:
+        """Refuse a graph that computes something else than the model itself."""
+        for ours, theirs in zip(given, self.expected, strict=False):
+            if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
+                continue
+            near = _NEAR * float(theirs.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if theirs.numel() else 0.0
+            same = isinstance(ours, Tensor) and ours.shape == theirs.shape
+            if not same or not torch.allclose(ours, theirs.to(ours.dtype), rtol=_NEAR, atol=near, equal_nan=True):
+                raise UnsupportedLayerError(
+                    "the exported graph computes something else than the model: its result changes from call to call "
+                    "(a counter, a cache), or a forward writes to a tensor in a way that torch.export does not follow "
+                    "(.data, torch._foreach_mul_)"
+                )
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 0
 
 
 def _nothing() -> None:

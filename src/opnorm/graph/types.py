@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,7 @@ class Node:
         args: with `Ref` and `Weight` in place of tensors, and plain numbers otherwise.
         kwargs: likewise.
         shape: of the result for a batch of two.
+        dtype: of the result; None where it is no tensor.
         batch_axis: where the batch is, and None for a result that is no tensor (a tuple of them).
         merged: how many rows of one sample the batch axis holds; 1 unless an axis was merged into it.
         inner: whether in a merged axis the batch varies fastest.
@@ -46,6 +48,7 @@ class Node:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shape: tuple[int, ...]
+    dtype: torch.dtype | None
     batch_axis: int | None
     merged: int
     inner: bool

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from opnorm._enclosure import Guarantee
 from opnorm.errors import OpnormError
 from opnorm.graph import Graph
+from opnorm.graph.apart import in_double
 from opnorm.graph.batch import evaluate
 
 CAUTION = 1e-7
@@ -47,7 +47,7 @@ class Function:
 
     def __init__(self, graph: Graph, batches: tuple[Tensor, ...]) -> None:
         self.graph = Graph(
-            tuple(replace(n, args=_in_double(n.args), kwargs=_in_double(n.kwargs)) for n in graph.nodes),
+            tuple(replace(n, args=in_double(n.args), kwargs=in_double(n.kwargs)) for n in graph.nodes),
             graph.inputs,
             graph.outputs,
             {k: v.double() if v.is_floating_point() else v for k, v in graph.weights.items()},
@@ -80,15 +80,6 @@ class Function:
             parts.append(x[:, start : start + size].reshape(batch.shape))
             start += size
         return tuple(parts)
-
-
-def _in_double(argument: Any) -> Any:
-    """Arguments of an operation with float64 for every float type: a cast is the identity, as the bounds take it."""
-    if isinstance(argument, dict):
-        return {key: _in_double(value) for key, value in argument.items()}
-    if isinstance(argument, list | tuple):
-        return type(argument)(_in_double(part) for part in argument)
-    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
 def attained(

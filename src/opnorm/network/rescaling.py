@@ -1,6 +1,7 @@
 """The product of the norms with each channel in units of its own, for networks that are too large for the calculus."""
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm.certificate.network.program import Program
 from opnorm.certificate.network.rescaled import rescaled
@@ -47,7 +48,7 @@ def rescaled_bound(
             return best
         with torch.no_grad():
             framed = naive(rescaled(program, graph.weights, units), graph.weights)
-    except CertificateError as problem:
+    except (CertificateError, LinAlgError) as problem:
         remarks.append(f"rescaled product: {problem}")
         return best
     if framed.total >= (plain.total if best is None else best.upper):

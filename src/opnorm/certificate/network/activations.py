@@ -51,6 +51,7 @@ UNBOUNDED = {
     "rsqrt": "the slope of 1/sqrt(x) is unbounded at 0",
     "hardshrink": "hardshrink jumps",
     "threshold": "threshold jumps unless its value is its threshold",
+    "softplus": "softplus jumps to its argument at a threshold below 20",
     "sign": "the sign jumps",
     "round": "rounding and remainders jump",
     "tan": "the tangent has poles",

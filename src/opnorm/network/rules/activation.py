@@ -24,6 +24,12 @@ _PLAIN = {
 }  # fmt: skip
 
 
+_SIGNED = {"celu": 1, "softplus": 1, "softshrink": 1}
+"""How many parameters of a function must not be negative."""
+_SOFTPLUS_SWITCH = 20.0
+"""Where torch replaces softplus by its argument unless told otherwise: 2e-9 from it."""
+
+
 @register_rule(*(f"aten.{name}.default" for name in _PLAIN))
 def plain(node: Node, build: Builder) -> int:
     """Activations whose slopes do not depend on their parameters."""
@@ -31,9 +37,11 @@ def plain(node: Node, build: Builder) -> int:
     assert kind in FIXED
     if any(isinstance(a, Ref) for a in node.args[1:]):
         raise unsupported(node, "its parameters depend on the inputs")
-    if kind in ("celu", "softplus", "softshrink") and any(isinstance(a, float) and a < 0 for a in node.args[1:]):
-        raise unsupported(node, "a negative parameter has no rule")
     source = build.source(node.args[0], node)
+    if kind in _SIGNED and any(isinstance(a, int | float) and a < 0 for a in node.args[1 : 1 + _SIGNED[kind]]):
+        raise unsupported(node, "a negative parameter has no rule")
+    if kind == "softplus" and len(node.args) > 2 and float(node.args[2]) < _SOFTPLUS_SWITCH:
+        return build.opaque(node, (source,), math.inf, UNBOUNDED["softplus"], kind="")
     return build.elementwise(node, source, activation_slopes(kind, (), "", {}), kind=kind)
 
 
@@ -56,6 +64,8 @@ def leaky_relu(node: Node, build: Builder) -> int:
 def elu(node: Node, build: Builder) -> int:
     """ELU, and SELU where it is exported so."""
     values = [float(v) for v in node.args[1:4]]
+    if min(values, default=1.0) < 0:
+        raise unsupported(node, "a negative parameter has no rule")
     return _with_parameters(node, build, "elu", tuple(values + [1.0] * (3 - len(values))))
 
 

@@ -210,6 +210,9 @@ def _require_images(node: Node, build: Builder) -> None:
     before = build.graph[node.args[0].name]
     if before.batch_axis != 0 or before.merged != 1:
         raise unsupported(node, "it needs the batch as its first axis")
+    dims = next((d for d in (1, 2, 3) if f"{d}d" in node.op), None)
+    if dims is not None and len(before.shape) != dims + 2:
+        raise unsupported(node, f"it needs (batch, channels, {dims} spatial axes); x.unsqueeze(1) gives one channel")
 
 
 def as_tuple(value: Any, dims: int) -> tuple[int, ...]:

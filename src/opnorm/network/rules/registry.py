@@ -174,7 +174,11 @@ def program_of(graph: Graph, *, split: bool = True) -> Program:
             continue
         if node.op not in _RULES:
             raise unsupported(node, "the operation is not known")
+        if node.dtype is not None and node.dtype.is_complex:
+            raise unsupported(node, "complex numbers are not followed")
         build.at[node.name] = _RULES[node.op](node, build)
+        if node.dtype is not None and not node.dtype.is_floating_point:
+            raise unsupported(node, "its result is of integers, and casting to them jumps")
         origins += [node.name] * (len(build.steps) - len(origins))
     outputs = [build.at[name] for name in graph.outputs if name in build.at]
     if not outputs:

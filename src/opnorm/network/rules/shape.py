@@ -185,6 +185,8 @@ def picked(node: Node, build: Builder) -> int:
         start += size
     if any(isinstance(argument, Ref) for argument in _choosing(node)):
         raise unsupported(node, "what it chooses depends on the inputs")
+    if "index_put" in node.op and True in (*node.args[3:4], node.kwargs.get("accumulate")):
+        raise unsupported(node, "it adds to what is there; a product with a stored matrix does the same")
     numbers = list(node.args)
     if node.op.startswith("aten.where"):
         numbers = [0.0 if isinstance(a, int | float) else a for a in numbers]

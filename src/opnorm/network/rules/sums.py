@@ -95,7 +95,9 @@ def _times_label(node: Node, build: Builder, x: Ref, label_part: Ref) -> int:
     if table.sample_shape != build.shape(x):
         raise unsupported(node, "the embedding and the tensor that it multiplies have different shapes")
     rows = build.tensor(table.args[0])
-    return build.elementwise(node, build.source(x, node), slopes(rows.amin(0), rows.amax(0)))
+    shape = build.shape(x)
+    low, high = (end.expand(shape).contiguous() for end in (rows.amin(0), rows.amax(0)))
+    return build.elementwise(node, build.source(x, node), slopes(low, high))
 
 
 @register_rule("aten.div.Tensor", "aten.div.Scalar", "aten.div_.Tensor", "aten.div_.Scalar")
