@@ -1,8 +1,11 @@
 """The search in Fourier space where all stages of all frequencies together would fill the memory."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from opnorm.certificate.network.check import chain_of
@@ -14,10 +17,11 @@ from opnorm.certificate.network.stages import Chain
 from opnorm.errors import TooLargeError
 from opnorm.network.covariance import fixed
 from opnorm.network.lockstep import Lockstep, lockstep
-from opnorm.network.multipliers.afp import descend, targets
+from opnorm.network.multipliers.afp import DIRECTIONS, descend, moved
 from opnorm.network.multipliers.fast import closed_form
 from opnorm.network.multipliers.sweep import shapes_by_parts, twice_least
 from opnorm.network.search import METHODS, Found, search
+from opnorm.network.working_set import ITERATIONS, apart, by_working_sets
 
 _HELD_BYTES = 3e9
 _KEPT_BYTES = 2e9
@@ -26,7 +30,9 @@ _SWEEP = 2.5
 """Cost of a sweep by parts in passes of Fast."""
 _AFP = 1.4
 """Cost of an iteration of the adjoint fixed point in passes of Fast."""
-_AFP_ITERATIONS, _LEAST, _DIRECTIONS = 30, 3, 10
+_AFP_ITERATIONS, _LEAST = 30, 3
+_SETS = 100
+"""Fewer frequencies than this are searched on together."""
 
 
 def affordable(
@@ -75,7 +81,6 @@ def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: flo
     """Fast over all frequencies; then, where there is time, the adjoint fixed point on parts that are held together.
 
     Parts that are too large to be held are made anew for each pass, one stage at a time, and a sweep has to do.
-    A search on some of the frequencies is of no use: what it saves there costs more at the others.
 
     Args:
         program: what the network computes.
@@ -88,7 +93,8 @@ def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: flo
     with torch.no_grad():
         if cost.kept <= _KEPT_BYTES and METHODS.index(upto) >= METHODS.index("afp"):
             chains = [fourier_chain(program, weights, part=p) for p in cost.parts(_SMALL_BYTES)]
-            return _fixed_point(chains, seconds - (time.monotonic() - started), cost.proof / cost.search)
+            left = seconds - (time.monotonic() - started)
+            return _fixed_point(chains, left, cost, partial(fourier_chain, program, weights))
         parts = cost.parts()
         best = _found(lockstep([fourier_walk(program, weights, part=p) for p in parts], closed_form), "fast")
         once = time.monotonic() - started
@@ -103,20 +109,32 @@ def search_by_parts(program: Program, weights: Weights, cost: Cost, seconds: flo
     return min(best, found, key=lambda f: f.estimate)
 
 
-def _fixed_point(chains: list[Chain], seconds: float, proof: float) -> Found:
-    """Fast and as many iterations as there is time for, less `proof` passes of Fast."""
+def _fixed_point(chains: list[Chain], seconds: float, cost: Cost, build: Callable[..., Chain]) -> Found:
+    """Fast; then the fixed point on working sets, and on all frequencies for as long as there is time."""
     started = time.monotonic()
+
+    def run(multipliers: list[Tensor]) -> Lockstep:
+        return lockstep(chains, fixed(multipliers), keep=True)
+
     begin = lockstep(chains, closed_form, keep=True)
     once = time.monotonic() - started
-    rounds = min(_AFP_ITERATIONS, int((seconds - once * (1 + proof)) / (_AFP * once)))
-    if rounds < _LEAST:
-        return _found(begin, "fast")
-    best = descend(
-        begin,
-        lambda multipliers: lockstep(chains, fixed(multipliers), keep=True),
-        lambda result, sharpness: targets(chains, result.passes, _DIRECTIONS, sharpness),
-        rounds,
-    )
+
+    def passes() -> float:
+        """How many passes of Fast there is time for, beside the proof."""
+        return (seconds - (time.monotonic() - started)) / once - cost.proof / cost.search
+
+    best, count = begin, cost.frequencies
+    if count >= _SETS:
+
+        def time_for(few: int) -> bool:
+            return passes() > _AFP * (1 + ITERATIONS * few / count)
+
+        best = by_working_sets(begin, count, lambda few: build(part=few), run, time_for)
+    rounds = min(_AFP_ITERATIONS, int(passes() / _AFP))
+    if rounds >= _LEAST and not (count >= _SETS and apart(begin, count)):  # what so many ask for a few ask for too
+        best = descend(
+            best, run, lambda found, sharpness, step: moved(chains, found.passes, DIRECTIONS, sharpness, step), rounds
+        )
     return _found(best, "fast" if best is begin else "afp")
 
 

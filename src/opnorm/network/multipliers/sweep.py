@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from opnorm.certificate.network.stages import Chain, Stage
-from opnorm.network.covariance import Chooser, Forward, forward, given, per_group, ratio
-from opnorm.network.multipliers.afp import added, adjoint
+from opnorm.network.covariance import Chooser, Forward, Passed, forward, given, per_group, ratio
+from opnorm.network.multipliers.adjoint import adjoint, pulled, squares
 
 
 def sweep(chain: Chain, begin: Forward) -> Forward:
@@ -25,7 +25,7 @@ def shapes_by_parts(chains: Iterable[Chain], multipliers: Sequence[Tensor]) -> l
     behind: list[Tensor] = []
     for chain in chains:
         more = _balance(chain, forward(chain, given(multipliers)))
-        ahead, behind = added(ahead, more[0]), added(behind, more[1])
+        ahead, behind = _added(ahead, more[0]), _added(behind, more[1])
     return _shapes(ahead, behind)
 
 
@@ -41,14 +41,23 @@ def twice_least(shapes: Sequence[Tensor]) -> Chooser:
 
 def _balance(chain: Chain, begin: Forward) -> tuple[list[Tensor], list[Tensor]]:
     """For each choice and group, the sums over all blocks of Qf and of Qb."""
-    sides = adjoint(chain, begin, directions=chain.out.height, sharpness=0.0, peak=1.0)
-    ahead, behind = [], []
-    for passed, (_, w) in zip(begin.choices, sides, strict=True):
-        stage = passed.stage
-        diagonal = passed.b.diagonal(dim1=-2, dim2=-1).real.sum(0)
+    ahead: list[Tensor] = []
+    behind: list[Tensor] = []
+
+    def respond(states: Sequence[Passed], ws: Sequence[Tensor], hs: Sequence[Tensor]) -> list[Tensor]:
+        state, stage = states[0], states[0].stage
+        diagonal = state.b.diagonal(dim1=-2, dim2=-1).real.sum(0)
         ahead.append(per_group(stage.groups, stage.count, diagonal))
-        behind.append(per_group(stage.free_groups, stage.count, w.abs().square().sum((0, 2))))
-    return ahead, behind
+        behind.append(per_group(stage.free_groups, stage.count, squares(ws[0][:, stage.free])))
+        return [torch.cholesky_solve(pulled(state, hs[0]), state.factor)]
+
+    adjoint([chain], [begin], chain.out.height, 0.0, respond)
+    return ahead[::-1], behind[::-1]
+
+
+def _added(one: list[Tensor], two: list[Tensor]) -> list[Tensor]:
+    """Sums, where nothing counts as zeros."""
+    return [a + b for a, b in zip(one, two, strict=True)] if one else two
 
 
 def _shapes(ahead: list[Tensor], behind: list[Tensor]) -> list[Tensor]:
