@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import opnorm
 from opnorm.errors import ArgumentError, WeightError
@@ -194,3 +194,25 @@ def test_tracing_says_what_to_trace():
     layer = opnorm.spectral_norm(nn.Linear(3, 3)).eval()
     with pytest.raises(ArgumentError, match=r"trace opnorm\.fold"):
         torch.jit.trace(layer, torch.ones(1, 3))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrization_that_comes_after_evaluation_is_used():
+    layer = opnorm.spectral_norm(nn.Linear(3, 3, bias=False)).eval().requires_grad_(False)
+    before = layer(torch.eye(3)).clone()
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    assert torch.equal(layer(torch.eye(3)), 2 * before)
+
+
+def test_torchs_removal_names_opnorms_or_leaves_a_plain_layer():
+    layer = opnorm.spectral_norm(nn.Linear(3, 3))
+    with pytest.raises(ArgumentError, match=r"opnorm\.remove_spectral_norm\(layer\)"):
+        parametrize.remove_parametrizations(layer, "weight")
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    state = nn.Linear(3, 3).state_dict()
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight, state["weight"])
