@@ -139,6 +139,34 @@ def test_gradients_after_inference_mode():
         layer(x).sum().backward()
 
 
+def test_copies_made_in_inference_mode():
+    layer = opnorm.spectral_norm(nn.Linear(3, 3)).eval()
+    with torch.inference_mode():
+        twin, plain = copy.deepcopy(layer), opnorm.fold(layer)
+        assert torch.equal(twin(torch.eye(3)), layer(torch.eye(3))) and torch.equal(plain.weight, layer.weight.clone())
+
+
+class Decoder(nn.Module):
+    """Told its size, as U-Nets do, and called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose1d(1, 1, 3, 2, 1, bias=False)
+        self.smooth = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect", bias=False)
+
+    def forward(self, x, size=5):
+        return self.smooth(input=self.up(x, output_size=(size,)))
+
+
+def test_sizes_that_are_told_by_name():
+    model = Decoder()
+    nn.init.ones_(model.up.weight)
+    opnorm.normalize(model, torch.ones(1, 1, 3)).eval()
+    columns = [model.up(x[None, None], output_size=(6,)).flatten() for x in torch.eye(3)]
+    assert matrix_norm(torch.stack(columns)) <= 1.0
+    assert model.smooth.parametrizations.weight[0].view.template.spatial == (5,)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
 @pytest.mark.parametrize("training", [True, False])
 def test_empty_batches(shape, training):
