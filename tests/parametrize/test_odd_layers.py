@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import opnorm
 from opnorm.errors import ArgumentError, WeightError
@@ -139,6 +139,34 @@ def test_gradients_after_inference_mode():
         layer(x).sum().backward()
 
 
+def test_copies_made_in_inference_mode():
+    layer = opnorm.spectral_norm(nn.Linear(3, 3)).eval()
+    with torch.inference_mode():
+        twin, plain = copy.deepcopy(layer), opnorm.fold(layer)
+        assert torch.equal(twin(torch.eye(3)), layer(torch.eye(3))) and torch.equal(plain.weight, layer.weight.clone())
+
+
+class Decoder(nn.Module):
+    """Told its size, as U-Nets do, and called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose1d(1, 1, 3, 2, 1, bias=False)
+        self.smooth = nn.Conv1d(1, 1, 3, padding=1, padding_mode="reflect", bias=False)
+
+    def forward(self, x, size=5):
+        return self.smooth(input=self.up(x, output_size=(size,)))
+
+
+def test_sizes_that_are_told_by_name():
+    model = Decoder()
+    nn.init.ones_(model.up.weight)
+    opnorm.normalize(model, torch.ones(1, 1, 3)).eval()
+    columns = [model.up(x[None, None], output_size=(6,)).flatten() for x in torch.eye(3)]
+    assert matrix_norm(torch.stack(columns)) <= 1.0
+    assert model.smooth.parametrizations.weight[0].view.template.spatial == (5,)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
 @pytest.mark.parametrize("training", [True, False])
 def test_empty_batches(shape, training):
@@ -194,3 +222,25 @@ def test_tracing_says_what_to_trace():
     layer = opnorm.spectral_norm(nn.Linear(3, 3)).eval()
     with pytest.raises(ArgumentError, match=r"trace opnorm\.fold"):
         torch.jit.trace(layer, torch.ones(1, 3))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrization_that_comes_after_evaluation_is_used():
+    layer = opnorm.spectral_norm(nn.Linear(3, 3, bias=False)).eval().requires_grad_(False)
+    before = layer(torch.eye(3)).clone()
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    assert torch.equal(layer(torch.eye(3)), 2 * before)
+
+
+def test_torchs_removal_names_opnorms_or_leaves_a_plain_layer():
+    layer = opnorm.spectral_norm(nn.Linear(3, 3))
+    with pytest.raises(ArgumentError, match=r"opnorm\.remove_spectral_norm\(layer\)"):
+        parametrize.remove_parametrizations(layer, "weight")
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    state = nn.Linear(3, 3).state_dict()
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight, state["weight"])

@@ -58,6 +58,15 @@ CASES = {
         "folds nothing",
     ),
     "a container": (nn.ReLU, opnorm.spectral_norm, ArgumentError, r"opnorm\.normalize\(model\)"),
+    "K of a model": (nn.ReLU, lambda model: opnorm.normalize(model, lipschitz=-1), ArgumentError, r"^lipschitz=-1"),
+    "K in words": (nn.ReLU, lambda model: opnorm.normalize(model, lipschitz="one"), ArgumentError, "lipschitz='one'"),
+    "half an iteration": (
+        nn.ReLU, lambda model: opnorm.normalize(model, n_power_iterations=1.5), ArgumentError, r"iterations=1\.5",
+    ),
+    "one name to skip": (nn.ReLU, lambda model: opnorm.normalize(model, skip="head"), ArgumentError, r"\['head'\]"),
+    "no such axis": (
+        nn.ReLU, lambda model: opnorm.spectral_norm(model[0], dim=2, norm="reshaped"), ArgumentError, "has 2 axes",
+    ),
     "unknown mode": (nn.ReLU, lambda model: opnorm.Projector(model, mode="cut"), ArgumentError, "mode='cut'"),
     "K of 0": (nn.ReLU, lambda model: opnorm.Projector(model, 0.0), ArgumentError, r"lipschitz=0\.0"),
     "unknown norm": (nn.ReLU, lambda model: opnorm.Monitor(model, norm="l1"), ArgumentError, "norm='l1'"),

@@ -35,13 +35,18 @@ class Asked:
 
 def check_options(asked: Asked) -> None:
     """Raise ArgumentError for what no weight can be normalised with."""
-    if not (math.isfinite(asked.lipschitz) and asked.lipschitz > 0):
+    try:
+        lipschitz = float(asked.lipschitz)
+    except (TypeError, ValueError):
+        lipschitz = math.nan
+    if not 0 < lipschitz < math.inf:
         raise ArgumentError(f"lipschitz={asked.lipschitz!r}: it is a positive number")
     if asked.mode not in {"divide", "clip"}:
         raise ArgumentError(f"mode={asked.mode!r}: it is 'divide' or 'clip'")
     if asked.norm not in {"operator", "reshaped"}:
         raise ArgumentError(f"norm={asked.norm!r}: it is 'operator', or 'reshaped' for torch's convention")
-    if asked.iterations != "adaptive" and not asked.iterations >= 1:
+    steps: object = asked.iterations
+    if steps != "adaptive" and not (isinstance(steps, int) and steps >= 1):
         raise ArgumentError(f"n_power_iterations={asked.iterations!r}: it is a positive integer, or 'adaptive'")
     if asked.learn_scale and asked.mode == "clip":
         raise ArgumentError("learn_scale=True needs mode='divide': a clipped weight may be smaller than any scale")

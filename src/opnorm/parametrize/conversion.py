@@ -11,7 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of
-from opnorm.parametrize.checks import Asked, checked_view, located
+from opnorm.parametrize.checks import Asked, check_options, checked_view, located
 from opnorm.parametrize.families import Norm
 from opnorm.parametrize.flow import Flow, run_once
 from opnorm.parametrize.register import attach, detach_parametrization
@@ -63,6 +63,8 @@ def convert(
     flow = Flow() if example_input is None or norm != "operator" else run_once(model, example_input)
     paths = {module: path for path, module in model.named_modules()}
     asked = [Asked(rule.n_power_iterations, _dim(rule, norm), lipschitz, mode, norm) for *_, rule in found]
+    for options in asked:
+        check_options(options)
     views = []
     for (module, name, _), options in zip(found, asked, strict=True):
         if parametrize.is_parametrized(module, name) and len(chain_of(module, name)) > 1:

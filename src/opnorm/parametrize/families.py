@@ -64,6 +64,8 @@ def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_sha
         raise WeightError(f"{label} has shape {tuple(weight.shape)}: no entries to divide; leave the layer out")
     usual = 1 if isinstance(module, TRANSPOSED) else 0
     if norm == "reshaped":
+        if dim is not None and not -weight.ndim <= dim < weight.ndim:
+            raise ArgumentError(f"dim={dim}: {label} has {weight.ndim} axes")
         axis = usual if dim is None else dim % weight.ndim
         return matrix_view(weight.shape[axis], weight.numel() // weight.shape[axis], axis=axis)
     if dim not in {None, usual}:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opnorm.parametrize.families import Shape
+from opnorm.parametrize.families import TRANSPOSED, Shape
 from opnorm.parametrize.spectral import SpectralNormalization
 
 
@@ -26,10 +26,12 @@ def run_once(model: nn.Module, example_input: Any) -> Flow:
     flow = Flow()
     made: dict[int, tuple[Tensor, nn.Module]] = {}
 
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
+    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensors = [x for x in (*inputs, *named.values()) if isinstance(x, Tensor)]
         if tensors:
-            shape = tuple(tensors[0].shape[1:])
+            # A transposed convolution that is told its output's size may be another map at the next call.
+            told = isinstance(module, TRANSPOSED) and len(inputs) + len(named) > 1
+            shape = None if told else tuple(tensors[0].shape[1:])
             flow.shapes[module] = shape if flow.shapes.get(module, shape) == shape else None
         for x in tensors:
             if id(x) in made and made[id(x)][1] is not module:
@@ -42,7 +44,7 @@ def run_once(model: nn.Module, example_input: Any) -> Flow:
     leaves = [
         module for module in model.modules() if not list(module.children()) or hasattr(module, "parametrizations")
     ]
-    handles = [module.register_forward_pre_hook(before) for module in leaves]
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
     try:
         with _evaluating(model), torch.no_grad():

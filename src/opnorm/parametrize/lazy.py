@@ -144,6 +144,11 @@ class NormalizedWeight(Tensor):
         Raises:
             ArgumentError: always.
         """
+        if func is torch.ops.aten.set_.source_Tensor:
+            raise ArgumentError(
+                f"{args[1]._owner.label} is divided by an estimate while it trains; opnorm.remove_spectral_norm(layer) "
+                "leaves the proved weight, torch's remove_parametrizations would not"
+            )
         raise ArgumentError(
             f"{func} got a normalised weight in a way that opnorm cannot follow; pass layer.weight.clone() instead"
         )

@@ -38,6 +38,7 @@ class Ready:
     token: object
     lent: int
     parameters: dict[str, Any]
+    rules: dict[str, Any]
     layer: "ref[nn.Module]"
     picked: Tensor
     sample: list[float]
@@ -67,14 +68,14 @@ def read_directly(module: nn.Module, name: str) -> None:
         if type(raw) is Watched:  # by now it may be an ordinary one
             place = id(module)
             layer = ref(module, lambda _: held.pop(place, None))  # another layer may come to lie there
-            held[place] = _ready(layer, reader, chain._parameters, raw, value)
+            held[place] = _ready(layer, reader, chain, raw, value)
             rule.hand_out(held[place])
         return value
 
     setattr(type(module), name, property(read, known.fset))
 
 
-def _ready(layer: "ref[nn.Module]", reader: CodeType, parameters: dict[str, Any], raw: Watched, value: Tensor) -> Ready:
+def _ready(layer: "ref[nn.Module]", reader: CodeType, chain: nn.Module, raw: Watched, value: Tensor) -> Ready:
     record = raw._record
     picked, lent = raw.detach().flatten()[:: max(1, raw.numel() // _FEW)], record.lent
     version, lent_version = raw._version, 0 if lent is None else lent._version
@@ -86,7 +87,8 @@ def _ready(layer: "ref[nn.Module]", reader: CodeType, parameters: dict[str, Any]
         record,
         record.token,
         lent_version,
-        parameters,
+        chain._parameters,
+        chain._modules,
         layer,
         picked,
         picked.tolist(),
@@ -103,6 +105,7 @@ def _still(ready: Ready) -> bool:
         and ready.token is record.token
         and (record.lent is None or ready.lent == record.lent._version)
         and ready.parameters.get("original") is raw
+        and len(ready.rules) == 1  # no other parametrization has come
         and ready.sample == ready.picked.tolist()
         and not (raw.requires_grad and is_grad_enabled())
     )

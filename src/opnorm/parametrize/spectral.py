@@ -19,7 +19,7 @@ from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import Divide, ScaledLinear, composed
 from opnorm.parametrize.lazy import NormalizedWeight
 from opnorm.parametrize.views import View
-from opnorm.parametrize.watched import watch
+from opnorm.parametrize.watched import counted, watch
 
 Iterations = int | Literal["adaptive"]
 
@@ -51,11 +51,6 @@ ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
 def _no_transforms() -> AbstractContextManager[object]:
     """Values are computed outside the transforms of torch.func, which would wrap them, if there are any."""
     return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else nullcontext()
-
-
-def _countable() -> AbstractContextManager[object]:
-    """Values are kept for later, when autograd may record them: they cannot be tensors of inference mode."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Handed(Protocol):
@@ -266,7 +261,7 @@ class SpectralNormalization(nn.Module):
         afresh = sharding.agreed(weight, lost)
         broken = False
         try:
-            with _countable(), torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
+            with counted(), torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
                 raw = weight.detach().to(dtype)
                 self._age = 0 if afresh else self._age
                 block, found = self._converged(raw) if afresh else self._advanced(raw, dtype)
@@ -387,7 +382,7 @@ class SpectralNormalization(nn.Module):
             if not sharding.agreed(weight, not same):
                 self._stored, self._verify = (key, *self._stored[1:]), False
                 return self._stored[3]
-        with _countable(), torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
+        with counted(), torch.no_grad(), on_device.without_autocast(weight), _no_transforms():
             whole = deploy(self.view, sharding.gathered(weight), lipschitz, self.mode, self.label)
             result = sharding.as_before(whole, weight)
         self._stored, self._verify = (key, values.fingerprint(weight), lipschitz, result), False

@@ -23,6 +23,9 @@ def adopt_state(
     `parametrizations.weight.original` with `_u` and `_v` (torch's parametrization); u and v are dropped, as nothing
     of opnorm depends on them.
     """
+    rule = rule_of(module, name)
+    if rule is None:  # taken off by torch's `remove_parametrizations`, which knows nothing of this
+        return
     original, own = f"{prefix}parametrizations.{name}.original", f"{prefix}parametrizations.{name}.0."
     hooked = f"{prefix}{name}_orig"
     if hooked in state:
@@ -34,9 +37,6 @@ def adopt_state(
     for leftover in (f"{own}_u", f"{own}_v"):
         state.pop(leftover, None)
     if original not in state:
-        return
-    rule = rule_of(module, name)
-    if rule is None:
         return
     extra = state.setdefault(f"{own}_extra_state", rule.get_extra_state()[:0])
     differing = rule.differing(extra)

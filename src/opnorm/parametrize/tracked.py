@@ -33,7 +33,7 @@ def track(
             has no such value.
     """
     check_options(Asked(iterations, None, lipschitz, mode, norm))
-    shapes, left_out = dict(input_shapes or {}), list(skip)
+    shapes, left_out = dict(input_shapes or {}), [skip] if isinstance(skip, str) else list(skip)
     unused = set(left_out)
     found: Tracked = {}
     held: set[tuple[int, str]] = set()

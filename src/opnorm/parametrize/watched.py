@@ -5,6 +5,7 @@ would cost up to half of a small batch's product, so these writes are noticed wh
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -14,6 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Stamp = tuple[object, int, int, int]
 _DATA: Any = torch._C.TensorBase.data
+
+
+def counted() -> AbstractContextManager[object]:
+    """Make tensors that are kept for later: those of inference mode count no writes, and autograd refuses them."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Record:
@@ -77,7 +83,8 @@ class Watched(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Watched":
         """As a parameter's; what was known of the values is known of the copy's."""
         known = id(self) in memo
-        copied: Watched = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        with counted():
+            copied: Watched = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
         if not known:
             record, mine = copied._record, self._record
             record.token = copy.deepcopy(mine.token, memo)

@@ -13,7 +13,7 @@ from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.batchnorm import fold_batch_norms
 from opnorm.parametrize.chains import normalised, rule_of
-from opnorm.parametrize.checks import Asked, checked_view, located
+from opnorm.parametrize.checks import Asked, check_options, checked_view, located
 from opnorm.parametrize.covered import undoing
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, Shape, weights_of
 from opnorm.parametrize.flow import run_once, sequence
@@ -76,7 +76,7 @@ def normalize(
     if fold_batch_norm and example_input is None:
         raise ArgumentError("fold_batch_norm=True needs example_input, which tells the layer before each BatchNorm")
     flow = sequence(model) if example_input is None else run_once(model, example_input)
-    found = _to_normalise(model, list(skip))
+    found = _to_normalise(model, [skip] if isinstance(skip, str) else list(skip))
     if not found:
         raise ArgumentError(
             f"this {type(model).__name__} has no linear layer left to normalise; opnorm.coverage says why"
@@ -84,6 +84,7 @@ def normalize(
     each = lipschitz if total is None else _root(total, len(found), [rule.lipschitz for *_, rule in normalised(model)])
     paths = {module: path for path, module in model.named_modules()}
     asked = Asked(n_power_iterations, None, each, mode, norm, learn_scale)
+    check_options(asked)
     shapes = flow.shapes if norm == "operator" else {}
     views = []
     for module, name in found:  # so that a refusal leaves the model as it was
