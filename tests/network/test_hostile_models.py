@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import opnorm
 from network.networks import Lambda
-from opnorm.errors import ArgumentError, UnsupportedLayerError
+from opnorm.errors import ArgumentError, UnsupportedLayerError, WeightError
 
 
 class Counting(nn.Module):
@@ -131,6 +131,9 @@ KNOWN: dict[str, tuple[Callable[[Tensor], object], float]] = {
     "reshaped in place": (one_by_one, 2.0),
     "merged in another order": (lambda x: (2 * x).reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 2), 2.0),
     "merged twice": (lambda x: (2 * x).reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 2).reshape(2, -1, 2).sin(), 2.0),
+    "times a larger tensor": (lambda x: x[:, :1] * torch.tensor([[3.0, 4.0]]), 5.0),
+    "over a larger tensor": (lambda x: x[:, :1] / torch.tensor([[0.25], [0.5], [0.5]]).mT, 24**0.5),
+    "normalised, in copies": (lambda x: (x := x[:, None]) / (x.norm(dim=2, keepdim=True) + 0.1).expand(-1, 4, 4), 20.0),
     "a part without elements": (lambda x: (3 * x, x[:, :0]), 3.0),
 }
 
@@ -138,7 +141,7 @@ KNOWN: dict[str, tuple[Callable[[Tensor], object], float]] = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_as_computed_by_hand(name: str) -> None:
     function, truth = KNOWN[name]
-    bound = opnorm.lipschitz(Lambda(function), torch.randn(3, 4), method="naive", time_budget=0.2)
+    bound = opnorm.lipschitz(Lambda(function), 0.1 * torch.randn(3, 4), time_budget=0.2)
     assert truth * (1 - 1e-6) <= bound.upper
     assert bound.lower <= truth
     assert bound.upper <= truth * 1.01
@@ -187,12 +190,61 @@ def test_attention_with_weights_and_a_write() -> None:
     assert 0 < bound.lower <= bound.upper
 
 
+REGIONS: dict[str, tuple[nn.Module, opnorm.network.Ball | opnorm.network.Box, float]] = {
+    "a view that merges the batch": (
+        Lambda(lambda x: (3 * x.view(-1, 2)).abs().view(-1, 4)), opnorm.network.Ball(torch.zeros(4), 1.0), 3.0
+    ),
+    "a BatchNorm in its functional form": (
+        Lambda(lambda x, norm: written(norm(x)), nn.BatchNorm1d(4)).eval(), opnorm.network.Ball(torch.zeros(4), 1), 1.0
+    ),
+    "one point": (nn.ReLU(), opnorm.network.Box(3 * torch.ones(4), 3 * torch.ones(4)), 0.0),
+}  # fmt: skip
+
+
+def written(y: Tensor) -> Tensor:
+    y[:, 0] = 0
+    return y
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_on_a_region(name: str) -> None:
+    model, region, truth = REGIONS[name]
+    bound = opnorm.lipschitz(model, torch.randn(3, 4), region=region, time_budget=0.3)
+    assert bound.lower <= truth
+    assert truth * (1 - 1e-4) <= bound.upper <= max(1.0, truth) * 1.01
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf, "1"])
+def test_a_time_that_is_none(seconds: float) -> None:
+    with pytest.raises(ArgumentError, match="time_budget"):
+        opnorm.lipschitz(nn.ReLU(), torch.randn(3, 4), time_budget=seconds)
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        opnorm.network.Ball(0.0, 1.0),  # type: ignore[arg-type]
+        opnorm.network.Ball(torch.zeros(4), "1"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_region_that_is_none(region: opnorm.network.Ball) -> None:
+    with pytest.raises(ArgumentError, match="region"):
+        opnorm.lipschitz(nn.ReLU(), torch.randn(3, 4), region=region)
+
+
+def test_a_variance_below_zero() -> None:
+    norm = nn.BatchNorm1d(4).eval()
+    norm.running_var[1] = -5.0
+    with pytest.raises(WeightError, match=r"variance.*not positive.*batch_norm"):
+        opnorm.lipschitz(norm, torch.randn(3, 4))
+
+
 def test_huge_weights_have_a_bound() -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (nn.Linear(4, 4).double(), nn.ReLU())]
     for layer in layers[::2]:
         layer.weight.data.mul_(1e80)
-    bound = opnorm.lipschitz(nn.Sequential(*layers), torch.randn(3, 4).double(), time_budget=0.3)
+    bound = opnorm.lipschitz(nn.Sequential(*layers), torch.randn(3, 4).double(), method="rescaled", time_budget=0.3)
     assert bound.upper == math.inf
 
 

@@ -70,10 +70,10 @@ def _first_change(
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "placeholder":
-                value = stored.get(node.name)
-                one[node.name], other[node.name] = (
-                    (two.pop(0), five.pop(0)) if value is None else (wide(value).clone(), wide(value).clone())
-                )
+                if node.name in stored:
+                    one[node.name] = other[node.name] = wide(stored[node.name].detach())
+                else:
+                    one[node.name], other[node.name] = two.pop(0), five.pop(0)
             elif node.op == "call_function":
                 room = _room([one[source.name] for source in node.all_input_nodes], near)
                 one[node.name], other[node.name] = computed(node, one, wide), computed(node, other, wide)

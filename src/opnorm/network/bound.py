@@ -3,7 +3,7 @@
 import math
 import time
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -91,6 +91,7 @@ def lipschitz(
         raise ArgumentError(f"guarantee={guarantee!r}: a network's bound is 'proved' or an 'estimate'")
     if pairs not in ("joint", "each"):
         raise ArgumentError(f"pairs={pairs!r}: it is 'joint' or 'each'")
+    _require_seconds(time_budget)
     tell = progress or _silent
     tell(0, PARTS, "reading the model")
     _require_finite(model)
@@ -127,6 +128,11 @@ def lipschitz(
     if plain_anywhere.total < plain.total:
         local, plain = program, plain_anywhere
     return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, on_region=True)
+
+
+def _require_seconds(given: Any) -> None:
+    if given is not None and not (isinstance(given, int | float) and 0 <= given < math.inf):
+        raise ArgumentError(f"time_budget={given!r}: it is a number of seconds, at least 0 and finite")
 
 
 def _require_finite(model: nn.Module) -> None:

@@ -55,7 +55,8 @@ def localise(
     for position, step in enumerate(program.steps):
         node = graph[program.origins[position]]
         own = tuple(moved[i] for i in step.sources)
-        names = [a.name for a in _operation(node, graph, values).args if isinstance(a, Ref) and a.name in values]
+        operation = _operation(node, graph, values)
+        names = [a.name for a in operation.args if isinstance(a, Ref) and a.name in values]
         given = [_spread(values[name], graph[name].sample_shape, node.sample_shape, step) for name in names]
         reads: list[Read] = []
         if isinstance(step, Elementwise | Opaque) and step.kind and len(names) == len(own):
@@ -72,7 +73,7 @@ def localise(
         last = position + 1 == len(program.steps) or program.origins[position + 1] != node.name
         for item in new:
             ceiling, before = ceiling_of(item, reads), [errors[i] for i in item.sources]
-            doubt = centre_error(item, before, given, result, node=node, weights=weights, ceiling=ceiling)
+            doubt = centre_error(item, before, given, result, node=operation, weights=weights, ceiling=ceiling)
             far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms, ceiling=ceiling)
             if last and item is new[-1] and result is not None and result.numel() == item.size:
                 far = far.within(result, doubt, *limits_of(step, reads, ranges.of(Ref(node.name)), ceiling, result))

@@ -74,10 +74,10 @@ class Function:
         parts, start = [], 0
         for batch in self.batches:
             if not batch.is_floating_point():
-                parts.append(batch[:1].expand_as(batch))
+                parts.append(batch[:1].expand_as(batch).contiguous())
                 continue
             size = batch[0].numel()
-            parts.append(x[:, start : start + size].reshape(batch.shape))
+            parts.append(x[:, start : start + size].reshape(batch.shape).contiguous())
             start += size
         return tuple(parts)
 

@@ -33,7 +33,7 @@ def localised(program: Program, graph: Graph, example_input: Example, where: Aro
     """The program on a region, with its values at the centre computed in float64."""
     function = Function(graph, two_samples(example_input))
     with torch.no_grad():
-        values = function.values(where.center.expand(2, -1))
+        values = function.values(where.center.repeat(2, 1))
     samples = {
         node.name: node.samples(values[node.name])[0].reshape(-1)
         for node in graph.nodes

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ class Around:
 
     def clip(self, x: Tensor) -> Tensor:
         """Project rows onto the region, a little inside its surface."""
-        offset = (x - self.center).clamp(-self.spread, self.spread)
+        inside = (self.spread * (1 - 16 * rounding.U) - 16 * rounding.U * self.center.abs()).clamp_min(0)
+        offset = (x - self.center).clamp(-inside, inside)
         size = offset.norm(dim=-1, keepdim=True).clamp_min(1e-300)
         return self.center + offset * torch.clamp(self.radius * (1 - 1e-9) / size, max=1.0)
 
@@ -104,13 +106,15 @@ def norm_up(values: Tensor) -> float:
     return rounding.mul_up(top, root)
 
 
-def _positive(radius: float) -> float:
-    if not 0 < radius < float("inf"):
+def _positive(radius: Any) -> float:
+    if not isinstance(radius, int | float | Tensor) or not 0 < radius < float("inf"):
         raise ArgumentError(f"the radius of a region is a positive number, not {radius!r}")
     return float(radius)
 
 
-def _sample(value: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+def _sample(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"{name} of the region is a tensor of the shape {shape}, not {type(value).__name__}")
     if tuple(value.shape) != shape:
         raise ArgumentError(f"{name} of the region must have the shape {shape} of one sample, not {tuple(value.shape)}")
     if not bool(torch.isfinite(value).all()):

@@ -11,6 +11,7 @@ from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.program import Elementwise, Sum
 from opnorm.graph import Node, Ref
 from opnorm.network.rules.registry import Builder, label
+from opnorm.network.rules.shape import broadcast
 
 _TANH_GELU = 0.044715 / (2 / math.pi)
 """The coefficient of x^3 over the square of that of x in the tanh approximation of GELU."""
@@ -35,7 +36,7 @@ def normalised(node: Node, build: Builder, x: Any, divisor: Any, *, inverse: boo
     size = divisor
     while (wide := made_by(size, "expand_as", build) or made_by(size, "expand", build)) is not None:
         size = wide.args[0]
-    source = build.source(x, node)
+    source = build.source(x, node) if build.shape(x) == node.sample_shape else broadcast(node, build, x)
     root = _root(size, build, inverse=inverse)
     if root is not None:
         axes, eps = _squares(root, x, build)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from opnorm.certificate.network.maps import Convolution, Matrix, Scale, TransposedConvolution
+from opnorm.errors import WeightError
 from opnorm.graph import Node, Ref, Weight
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
-from opnorm.network.rules.shape import part_rule
+from opnorm.network.rules.shape import broadcast, part_rule
 
 
 @register_rule("aten.linear.default")
@@ -101,16 +102,16 @@ def _channel_scale(node: Node, build: Builder, x: Ref, weight: Weight | None, *,
     shape = build.shape(x)
     if build.graph[x.name].sample_axis(1) != 0:
         raise unsupported(node, "the channels must follow the batch axis")
+    if not bool((build.tensor(variance) + eps > 0).all()):
+        raise WeightError(f"the variance {variance.name!r} plus eps is not positive, so {node.place} has no constant")
     name = weight.name if isinstance(weight, Weight) else ""
     return build.linear(node, build.source(x, node), Scale(shape, shape, name, 0, variance.name, eps))
 
 
 def scaled(node: Node, build: Builder, x: Ref, weight: Weight) -> int:
-    """A product with a stored tensor of any shape that does not enlarge x."""
-    shape, factors = build.shape(x), build.weights[weight.name]
-    if node.sample_shape != shape:
-        raise unsupported(node, "the product with a weight enlarges the tensor")
-    source = build.source(x, node)
+    """A product with a stored tensor of any shape, which may enlarge x."""
+    shape, factors = node.sample_shape, build.weights[weight.name]
+    source = build.source(x, node) if shape == build.shape(x) else broadcast(node, build, x)
     if factors.numel() == 1:
         return build.linear(node, source, Scale(shape, shape, weight.name, 0))
     full = node.samples(build.tensor(weight).expand(node.shape))

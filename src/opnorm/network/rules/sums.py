@@ -124,7 +124,7 @@ def divide(node: Node, build: Builder) -> int:
         shape = node.sample_shape
         return build.linear(node, source, Scale(shape, shape, name, 0, rounded=1))
     if node.sample_shape != build.shape(x):
-        raise unsupported(node, "the quotient enlarges the tensor")
+        source = broadcast(node, build, x)
     spread = node.samples(inverse.expand(node.shape))[0].reshape(-1).contiguous()
     flat = (spread.numel(),)
     return build.linear(node, source, Scale(flat, flat, build.constant(spread, "reciprocals"), 0, rounded=1))
@@ -143,7 +143,7 @@ def _is_softsign(x: Any, divisor: Any, build: Builder) -> bool:
     "aten.clone.default", "aten.contiguous.default", "aten.detach.default", "aten.alias.default",
     "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten._to_copy.default", "aten.dropout.default",
     "aten.feature_dropout.default", "aten.alpha_dropout.default", "aten.detach_.default", "aten.type_as.default",
-    "aten.lift_fresh_copy.default", "aten.dropout_.default", "aten.positive.default",
+    "aten.lift_fresh_copy.default", "aten.dropout_.default", "aten.positive.default", "prims.copy_strided.default",
 )  # fmt: skip
 def same(node: Node, build: Builder) -> int:
     """Operations that change no value: copies, casts between floats, dropout in evaluation mode."""
