@@ -43,10 +43,8 @@ def distance_of(
     weights: Weights,
     region: Around,
     norms: Callable[[LinearMap], float],
-    *,
-    ceiling: float,
 ) -> Distance:
-    """The distances of a step's result, no element of which exceeds `ceiling` in size, from those of what it reads."""
+    """The distances of a step's result from those of what it reads."""
     if isinstance(step, Input):
         return Distance(region.spread, region.radius)
     total = sources[0].total if len(sources) == 1 else math.hypot(*(s.total for s in sources)) * (1 + 1e-12)
@@ -64,7 +62,20 @@ def distance_of(
         return Distance.of(_times(steep, sources[0].each), rounding.mul_up(float(steep.max()), total))
     assert isinstance(step, Opaque)
     top = rounding.mul_up(step.constant, total)
-    return Distance.of(torch.full((step.size,), min(top, 2 * ceiling), dtype=torch.float64), top)
+    if step.kind == "normalize":
+        return _normalised(step, sources[0], top)
+    return Distance.of(torch.full((step.size,), top, dtype=torch.float64), top)
+
+
+def _normalised(step: Opaque, source: Distance, top: float) -> Distance:
+    """Each group moves by itself, and none of n elements is longer than sqrt(n)."""
+    size = int(step.parameters[0])
+    groups = source.each.reshape(-1, size)
+    scale = groups.amax(1).clamp_min(rounding.TINY)
+    moved = (groups / scale[:, None]).norm(dim=1) * scale * (step.constant * (1 + 1e-9))
+    each = moved.nan_to_num(nan=math.inf).clamp(max=2 * math.sqrt(size) * (1 + 1e-9))
+    farthest = 2 * math.sqrt(step.size) * (1 + 1e-9)
+    return Distance.of(each[:, None].expand(-1, size).reshape(-1), min(top, farthest))
 
 
 def steepness(step: Elementwise) -> Tensor:

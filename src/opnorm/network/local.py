@@ -16,10 +16,12 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Elementwise, Opaque, Program, Step
 from opnorm.graph import Graph, Node, Ref
+from opnorm.network.attention.scores import Scores
 from opnorm.network.centre import centre_error, shifted
 from opnorm.network.distance import Distance, distance_of
-from opnorm.network.local_step import Read, ceiling_of, limits_of, on_region
+from opnorm.network.local_step import ceiling_of, limits_of, on_region
 from opnorm.network.naive import map_norm
+from opnorm.network.read import Read
 from opnorm.network.region import Around
 from opnorm.network.rules.ranges import Ranges
 
@@ -68,14 +70,21 @@ def localise(
                     rounded = shifted(graph, values, name, _origin(program, source, node.name))
                     doubt = errors[at] + _spread(rounded, graph[name].sample_shape, node.sample_shape, step)
                     reads.append(Read.of(value, far, doubt, ranges.of(Ref(name))))
-        new = on_region(replace(step, sources=own), reads if len(reads) == len(own) else [], start=len(steps))
+        scores = next((a for a in node.args if isinstance(a, Scores)), None)
+        local = on_region(replace(step, sources=own), reads if len(reads) == len(own) else [], scores, start=len(steps))
         result = values.get(node.name)
         last = position + 1 == len(program.steps) or program.origins[position + 1] != node.name
-        for item in new:
-            ceiling, before = ceiling_of(item, reads), [errors[i] for i in item.sources]
-            doubt = centre_error(item, before, given, result, node=operation, weights=weights, ceiling=ceiling)
-            far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms, ceiling=ceiling)
-            if last and item is new[-1] and result is not None and result.numel() == item.size:
+        for item in local.steps:
+            end = item is local.steps[-1]
+            ceiling, stated = ceiling_of(item), local.whole if end and local.whole is not None else item
+            before = [errors[i] for i in stated.sources]
+            doubt = centre_error(stated, before, given, result, node=node, weights=weights, ceiling=ceiling)
+            far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms)
+            if end and local.doubt is not None:
+                doubt = local.doubt
+            if end and local.each is not None:
+                far = Distance.of(torch.minimum(far.each, local.each), far.total)
+            if last and end and result is not None and result.numel() == item.size:
                 far = far.within(result, doubt, *limits_of(step, reads, ranges.of(Ref(node.name)), ceiling, result))
             distances.append(far)
             errors.append(doubt)
