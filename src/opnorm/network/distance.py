@@ -30,6 +30,11 @@ class Distance:
         each = each.nan_to_num(nan=math.inf, posinf=math.inf).clamp(max=total)
         return Distance(each, min(total, norm_up(each)))
 
+    def __add__(self, other: "Distance") -> "Distance":
+        """One after the other."""
+        each = torch.where((self.each > 0) | (other.each > 0), (self.each + other.each) * (1 + 4 * rounding.U), 0.0)
+        return Distance.of(each, rounding.add_up(self.total, other.total))
+
     def within(self, value: Tensor, doubt: Tensor, low: Tensor, high: Tensor) -> "Distance":
         """The same where the elements are known to lie in [low, high], the centre's within `doubt` of `value`."""
         farthest = (torch.maximum(high - value, value - low) + doubt) * (1 + 8 * rounding.U) + rounding.TINY
@@ -41,12 +46,17 @@ def distance_of(
     step: Step,
     sources: list[Distance],
     weights: Weights,
-    region: Around,
+    region: Around | None,
     norms: Callable[[LinearMap], float],
 ) -> Distance:
-    """The distances of a step's result from those of what it reads."""
+    """The distances of a step's result from those of what it reads; no region for inputs that stay at the centre."""
     if isinstance(step, Input):
-        return Distance(region.spread, region.radius)
+        still = region is None
+        return (
+            Distance(torch.zeros(step.size, dtype=torch.float64), 0.0)
+            if still
+            else Distance(region.spread, region.radius)
+        )
     total = sources[0].total if len(sources) == 1 else math.hypot(*(s.total for s in sources)) * (1 + 1e-12)
     if isinstance(step, Linear):
         each = _moved(step.map, sources[0].each, weights)

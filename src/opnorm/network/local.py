@@ -5,6 +5,7 @@ elements, and the whole tensor, can be from it. With these, a ReLU that cannot s
 two functions with bounded slopes, and normalisation and attention have a constant.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -17,9 +18,9 @@ from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Elementwise, Opaque, Program, Step
 from opnorm.graph import Graph, Node, Ref
 from opnorm.network.attention.scores import Scores
-from opnorm.network.centre import centre_error, shifted
+from opnorm.network.centre import rounding_of, shifted
 from opnorm.network.distance import Distance, distance_of
-from opnorm.network.local_step import ceiling_of, limits_of, on_region
+from opnorm.network.local_step import limits_of, on_region
 from opnorm.network.naive import map_norm
 from opnorm.network.read import Read
 from opnorm.network.region import Around
@@ -50,7 +51,7 @@ def localise(
     """
     steps: list[Step] = []
     distances: list[Distance] = []
-    errors: list[Tensor] = []
+    errors: list[Distance] = []
     moved: dict[int, int] = {}
     norms = lru_cache(maxsize=None)(lambda linear: map_norm(linear, weights))
     ranges = Ranges(graph, dict(graph.weights))
@@ -68,7 +69,8 @@ def localise(
                     far = _sharpened(far, sharpen(Program(tuple(steps), (at,), program.constants), at), region)
                 if value.numel() == far.each.numel():
                     rounded = shifted(graph, values, name, _origin(program, source, node.name))
-                    doubt = errors[at] + _spread(rounded, graph[name].sample_shape, node.sample_shape, step)
+                    lost = _spread(rounded, graph[name].sample_shape, node.sample_shape, step)
+                    doubt = errors[at] + Distance.of(lost, math.inf)
                     reads.append(Read.of(value, far, doubt, ranges.of(Ref(name))))
         scores = next((a for a in node.args if isinstance(a, Scores)), None)
         local = on_region(replace(step, sources=own), reads if len(reads) == len(own) else [], scores, start=len(steps))
@@ -76,16 +78,15 @@ def localise(
         last = position + 1 == len(program.steps) or program.origins[position + 1] != node.name
         for item in local.steps:
             end = item is local.steps[-1]
-            ceiling, stated = ceiling_of(item), local.whole if end and local.whole is not None else item
-            before = [errors[i] for i in stated.sources]
-            doubt = centre_error(stated, before, given, result, node=node, weights=weights, ceiling=ceiling)
+            doubt = distance_of(item, [errors[i] for i in item.sources], weights, None, norms)
             far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms)
-            if end and local.doubt is not None:
-                doubt = local.doubt
+            if end:
+                stated = local.whole or item
+                doubt += local.rounding or rounding_of(stated, given, result, node=node, weights=weights)
             if end and local.each is not None:
                 far = Distance.of(torch.minimum(far.each, local.each), far.total)
             if last and end and result is not None and result.numel() == item.size:
-                far = far.within(result, doubt, *limits_of(step, reads, ranges.of(Ref(node.name)), ceiling, result))
+                far = far.within(result, doubt.each, *limits_of(step, reads, ranges.of(Ref(node.name)), result))
             distances.append(far)
             errors.append(doubt)
             steps.append(item)

@@ -13,6 +13,7 @@ from opnorm.certificate.network.stages import per_element
 from opnorm.network.attention.region import attention_on_region
 from opnorm.network.attention.scores import Scores
 from opnorm.network.centre import EVALUATION, relative
+from opnorm.network.distance import Distance
 from opnorm.network.matrices import product_on_region
 from opnorm.network.read import Read
 from opnorm.network.rules.ranges import Range
@@ -26,13 +27,13 @@ class Local:
         steps: in order; the last one has the result.
         whole: a step that stands for all of them where rounding is bounded; None for the steps one by one.
         each: how far the elements of the result can be from their centre, where the rule knows; None elsewhere.
-        doubt: of their computed values at the centre, likewise.
+        rounding: of the operation at the centre, likewise.
     """
 
     steps: list[Step]
     whole: Step | None = None
     each: Tensor | None = None
-    doubt: Tensor | None = None
+    rounding: Distance | None = None
 
 
 def on_region(step: Step, reads: list[Read], scores: Scores | None, *, start: int) -> Local:
@@ -120,23 +121,17 @@ def _normalising(parameters: tuple[float, ...], read: Read) -> Tensor:
     return (1 + 1e-9) / (least.square() + eps).sqrt()
 
 
-def ceiling_of(step: Step) -> float:
-    """What no element of a step's result exceeds in size; infinite where that is not known."""
-    if isinstance(step, Opaque) and step.kind == "normalize":
-        return math.sqrt(step.parameters[0]) * (1 + 1e-9)
-    return math.inf
-
-
-def limits_of(step: Step, reads: list[Read], everywhere: Range, ceiling: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def limits_of(step: Step, reads: list[Read], everywhere: Range, like: Tensor) -> tuple[Tensor, Tensor]:
     """Between which numbers the elements of a node's result lie in the region.
 
     Args:
         step: the node's, before it was changed for the region.
         reads: its arguments.
         everywhere: the ends that hold for all inputs.
-        ceiling: of the size of the elements.
         like: a tensor of the result's size.
     """
+    normalised = isinstance(step, Opaque) and step.kind == "normalize"
+    ceiling = math.sqrt(step.parameters[0]) * (1 + 1e-9) if normalised else math.inf
     low = torch.full_like(like, max(everywhere[0], -ceiling))
     high = torch.full_like(like, min(everywhere[1], ceiling))
     if isinstance(step, Opaque) and step.kind == "multiply" and len(reads) == 2:

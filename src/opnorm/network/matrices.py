@@ -3,18 +3,16 @@
 import math
 
 import torch
-from torch import Tensor
 
 from opnorm.certificate.network.program import Opaque, Step, Sum
 from opnorm.network.centre import relative
+from opnorm.network.distance import Distance
 from opnorm.network.read import Read
 from opnorm.network.region import norm_up
 from opnorm.network.spectral import spectral_up
 
 
-def product_on_region(
-    step: Opaque, reads: list[Read], *, start: int
-) -> tuple[list[Step], None, Tensor | None, Tensor | None]:
+def product_on_region(step: Opaque, reads: list[Read], *, start: int) -> tuple[list[Step], None, None, Distance | None]:
     """`d(A B) = dA B + A dB`: one function of each factor and their sum; how far each result can be, and the rounding.
 
     A factor that is used c times, because its leading axes are enlarged, counts sqrt(c) times.
@@ -39,6 +37,5 @@ def product_on_region(
     ]
     steps.append(Sum((start, start + 1), step.shape, step.label, (1.0, 1.0)))
     sizes = [math.sqrt(count / len(x)) * norm_up(x.abs().reshape(-1)) for x in (left, right)]
-    doubt = sum(c * norm_up(read.doubt) for c, read in zip(constants, reads, strict=True))
-    doubt += relative(inner) * math.prod(sizes)
-    return steps, None, None, torch.full((step.size,), doubt * (1 + 1e-9) + 1e-150, dtype=torch.float64)
+    lost = relative(inner) * math.prod(sizes) * (1 + 1e-9) + 1e-150
+    return steps, None, None, Distance.of(torch.full((step.size,), lost, dtype=torch.float64), lost)

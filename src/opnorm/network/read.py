@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from opnorm import _rounding as rounding
 from opnorm.network.centre import EVALUATION
 from opnorm.network.distance import Distance
-from opnorm.network.region import norm_up
 from opnorm.network.rules.ranges import Range
 
 
@@ -25,15 +25,15 @@ class Read:
 
     value: Tensor
     distance: Distance
-    doubt: Tensor
+    doubt: Distance
     low: Tensor
     high: Tensor
 
     @staticmethod
-    def of(value: Tensor, distance: Distance, doubt: Tensor, everywhere: Range) -> "Read":
+    def of(value: Tensor, distance: Distance, doubt: Distance, everywhere: Range) -> "Read":
         """With the ends that follow, and those that hold for all inputs."""
-        doubt = (doubt + EVALUATION * value.abs()).nan_to_num(nan=math.inf)
-        width = (distance.each + doubt) * (1 + 1e-12) + 1e-300
+        doubt += Distance.of(EVALUATION * value.abs(), math.inf)
+        width = (distance.each + doubt.each) * (1 + 1e-12) + 1e-300
         low = (value - width).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp_min(everywhere[0])
         high = (value + width).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).clamp_max(everywhere[1])
         return Read(value, distance, doubt, low, high)
@@ -41,9 +41,9 @@ class Read:
     @property
     def off(self) -> Tensor:
         """How far an exact value in the region is from the computed one at the centre, at most."""
-        return self.distance.each + self.doubt
+        return self.distance.each + self.doubt.each
 
     @property
     def off_together(self) -> float:
         """The same for all elements together."""
-        return self.distance.total + norm_up(self.doubt)
+        return rounding.add_up(self.distance.total, self.doubt.total)

@@ -26,4 +26,5 @@ def spectral_up(matrices: Tensor) -> Tensor:
         power, exponent = power @ power, exponent / 2
     found = found * torch.linalg.matrix_norm(power, keepdim=True) ** exponent
     root = (found.sqrt() * size * _SLACK)[..., 0, 0]
-    return root.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    above: Tensor = root.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return above

@@ -95,7 +95,7 @@ def _followed(graph: Graph, weights: Ref) -> _Softmax | None:
             number = number.expand_as(scale)
         else:
             number, scale, bias = (_moved(graph, node, x) for x in (number, scale, bias))
-    if bool(scale.isnan().any() or bias.isnan().any()) or number.unique().numel() < number.numel():
+    if bool(scale.isnan().any() or bias.isnan().any()) or bool((number.reshape(-1).sort().values.diff() == 0).any()):
         return None
     lines, *rest = (x.movedim(softmax.args[1], -1) for x in (number, scale, bias))
     group = torch.arange(lines[..., 0].numel(), dtype=torch.float64).reshape(lines.shape[:-1])[..., None]

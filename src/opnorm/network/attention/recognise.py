@@ -31,7 +31,7 @@ def _nodes(graph: Graph, node: Node, written: Written) -> list[Node]:
     made = []
     names = []
     for part, name, index in zip(("queries", "keys", "values"), written.sources, written.indices[:3], strict=True):
-        args = (Ref(name), graph[name], index, None)
+        args: tuple[Any, ...] = (Ref(name), graph[name], index, None)
         names.append(f"{node.name} {part}")
         made.append(_node(node, names[-1], "opnorm.rearranged", rearranged, args, tuple(index.shape)))
     heads, queries, width = written.indices[3].shape
@@ -40,7 +40,7 @@ def _nodes(graph: Graph, node: Node, written: Written) -> list[Node]:
     made.append(_node(node, whole, "opnorm.attention", attend, args, (heads, queries, width)))
     back = torch.empty(written.indices[3].numel(), dtype=torch.int64)
     back[written.indices[3].reshape(-1)] = torch.arange(len(back))
-    put = (Ref(whole), made[-1], back, node)
+    put: tuple[Any, ...] = (Ref(whole), made[-1], back, node)
     return [*made, replace(node, op="opnorm.rearranged", function=rearranged, args=put, kwargs={})]
 
 

@@ -14,6 +14,7 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.program import Opaque, Step, Sum
 from opnorm.network.attention.scores import Scores
 from opnorm.network.centre import relative
+from opnorm.network.distance import Distance
 from opnorm.network.read import Read
 from opnorm.network.region import norm_up
 from opnorm.network.spectral import spectral_up
@@ -82,7 +83,7 @@ class Tokens:
 
 def attention_on_region(
     step: Opaque, reads: list[Read], scores: Scores, *, start: int
-) -> tuple[list[Step], None, Tensor, Tensor]:
+) -> tuple[list[Step], None, Tensor, Distance]:
     """Three functions of one source each and their sum; how far each result can be from its centre, and the rounding.
 
     Args:
@@ -120,9 +121,13 @@ def attention_on_region(
     each = (by_query * q.off + turned * q.norm + by_values) * (1 + 1e-8)
     moves = any(bool((r.distance.each > 0).any()) for r in reads)
     each = each + _TINY if moves else torch.zeros_like(each)
-    carried = sum(c * norm_up(r.doubt) for c, r in zip(constants, reads, strict=True))
-    doubt = rounded * of_values + relative(likely.shape[-1]) * v.norm.amax(1, keepdim=True) + carried
-    return steps, None, _rows(each, width), _rows(doubt * (1 + 1e-8) + _TINY, width)
+    lost = (rounded * of_values + relative(likely.shape[-1]) * v.norm.amax(1, keepdim=True)) * (1 + 1e-8) + _TINY
+    return (
+        steps,
+        None,
+        _rows(each, width),
+        Distance.of(_rows(lost, width), math.sqrt(width) * norm_up(lost.reshape(-1))),
+    )
 
 
 def _rows(each: Tensor, width: int) -> Tensor:
