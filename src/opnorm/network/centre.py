@@ -75,8 +75,8 @@ def rounding_of(step: Step, given: list[Tensor], value: Tensor | None, *, node: 
         rough = 0 if step.label.endswith("relu") else EVALUATION * (1 + top)
         return Distance.of(own + rough + rounding.TINY, math.inf)
     assert isinstance(step, Opaque)
-    lost = relative(step.size) * math.hypot(*(norm_up(g.abs()) for g in given))
-    error = rounding.mul_up(step.constant, lost) * (1 + 1e-9) + EVALUATION * (1 + top) * step.size
+    around = relative(step.size) * math.hypot(*(norm_up(g.abs()) for g in given))
+    error = rounding.mul_up(step.constant, around) * (1 + 1e-9) + EVALUATION * (1 + top) * step.size
     return Distance.of(torch.full((step.size,), error, dtype=torch.float64), error)
 
 

@@ -14,6 +14,7 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Gather, LinearMap, Scale, Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Step, Sum
 from opnorm.certificate.network.stages import concat_order, per_element
+from opnorm.network.normalisation import Normalisation
 from opnorm.network.region import Around, norm_up
 
 
@@ -51,12 +52,9 @@ def distance_of(
 ) -> Distance:
     """The distances of a step's result from those of what it reads; no region for inputs that stay at the centre."""
     if isinstance(step, Input):
-        still = region is None
-        return (
-            Distance(torch.zeros(step.size, dtype=torch.float64), 0.0)
-            if still
-            else Distance(region.spread, region.radius)
-        )
+        if region is None:
+            return Distance(torch.zeros(step.size, dtype=torch.float64), 0.0)
+        return Distance(region.spread, region.radius)
     total = sources[0].total if len(sources) == 1 else math.hypot(*(s.total for s in sources)) * (1 + 1e-12)
     if isinstance(step, Linear):
         each = _moved(step.map, sources[0].each, weights)
@@ -78,14 +76,13 @@ def distance_of(
 
 
 def _normalised(step: Opaque, source: Distance, top: float) -> Distance:
-    """Each group moves by itself, and none of n elements is longer than sqrt(n)."""
-    size = int(step.parameters[0])
-    groups = source.each.reshape(-1, size)
+    """Each group moves by itself, and no result is longer than its normalisation lets it be."""
+    norm = Normalisation.of(step.parameters)
+    groups = norm.grouped(source.each)
     scale = groups.amax(1).clamp_min(rounding.TINY)
     moved = (groups / scale[:, None]).norm(dim=1) * scale * (step.constant * (1 + 1e-9))
-    each = moved.nan_to_num(nan=math.inf).clamp(max=2 * math.sqrt(size) * (1 + 1e-9))
-    farthest = 2 * math.sqrt(step.size) * (1 + 1e-9)
-    return Distance.of(each[:, None].expand(-1, size).reshape(-1), min(top, farthest))
+    each = moved.nan_to_num(nan=math.inf).clamp(max=2 * norm.longest)
+    return Distance.of(norm.spread(each, step.size), min(top, 2 * norm.longest * math.sqrt(len(each)) * (1 + 1e-9)))
 
 
 def steepness(step: Elementwise) -> Tensor:

@@ -22,6 +22,7 @@ from opnorm.network.centre import rounding_of, shifted
 from opnorm.network.distance import Distance, distance_of
 from opnorm.network.local_step import limits_of, on_region
 from opnorm.network.naive import map_norm
+from opnorm.network.normalisation import Normalisation
 from opnorm.network.read import Read
 from opnorm.network.region import Around
 from opnorm.network.rules.ranges import Ranges
@@ -59,7 +60,7 @@ def localise(
         node = graph[program.origins[position]]
         own = tuple(moved[i] for i in step.sources)
         operation = _operation(node, graph, values)
-        names = [a.name for a in operation.args if isinstance(a, Ref) and a.name in values]
+        names = [a.name for a in _operands(step, operation) if a.name in values]
         given = [_spread(values[name], graph[name].sample_shape, node.sample_shape, step) for name in names]
         reads: list[Read] = []
         if isinstance(step, Elementwise | Opaque) and step.kind and len(names) == len(own):
@@ -115,6 +116,14 @@ def _operation(node: Node, graph: Graph, values: dict[str, Tensor]) -> Node:
     if node.op == "getitem" and node.args[0].name not in values:
         return graph[node.args[0].name]
     return node
+
+
+def _operands(step: Step, node: Node) -> list[Ref]:
+    """The arguments that a step reads: of a normalisation that is written out, what is normalised."""
+    refs = [a for a in node.args if isinstance(a, Ref)]
+    if isinstance(step, Opaque) and step.kind == "normalize" and len(refs) > 1:
+        refs = [node.args[int(Normalisation.of(step.parameters).operand)]]
+    return refs
 
 
 def _origin(program: Program, position: int, name: str) -> str:

@@ -15,6 +15,7 @@ from opnorm.network.attention.scores import Scores
 from opnorm.network.centre import EVALUATION, relative
 from opnorm.network.distance import Distance
 from opnorm.network.matrices import product_on_region
+from opnorm.network.normalisation import Normalisation
 from opnorm.network.read import Read
 from opnorm.network.rules.ranges import Range
 
@@ -99,26 +100,26 @@ def _tightened(step: Opaque, reads: list[Read]) -> Step:
 
 
 def _normalized(step: Opaque, read: Read, *, start: int) -> Local:
-    """Each group times its own `1 / sqrt(var + eps)`, and then a function of constant 1."""
-    constants = _normalising(step.parameters, read).clamp(max=step.constant)
+    """Each group times a constant of its own, and then a function of constant 1."""
+    norm = Normalisation.of(step.parameters)
+    constants = norm.constants(_shortest(norm, read)).nan_to_num(nan=math.inf).clamp(max=step.constant)
     reason = "normalising, with the variance of the region"
     whole = replace(step, constant=float(constants.max()), reason=reason)
     if not math.isfinite(whole.constant):
         return Local([whole])
-    each = constants[:, None].expand(-1, step.size // len(constants)).reshape(step.shape).contiguous()
+    each = norm.spread(constants, step.size).reshape(step.shape)
     scale = Elementwise(step.sources, step.shape, f"{step.label} (over the deviation)", each, each)
     return Local([scale, replace(step, sources=(start,), constant=1.0, reason=reason)], whole)
 
 
-def _normalising(parameters: tuple[float, ...], read: Read) -> Tensor:
-    """`1 / sqrt(var + eps)` of each group, the standard deviation reduced by what the region can take from it."""
-    size, eps, centred = int(parameters[0]), parameters[1], parameters[2] > 0
-    groups = read.value.reshape(-1, size)
-    middle = groups - groups.mean(1, keepdim=True) if centred else groups
-    deviation = middle.norm(dim=1) / math.sqrt(size) * (1 - 1e-9)
-    moved = (read.off.reshape(-1, size).norm(dim=1) * (1 + 1e-9)).clamp(max=read.off_together)
-    least = (deviation - moved / math.sqrt(size) - relative(size) * groups.abs().amax(1) - 1e-150).clamp_min(0)
-    return (1 + 1e-9) / (least.square() + eps).sqrt()
+def _shortest(norm: Normalisation, read: Read) -> Tensor:
+    """A lower bound of the norm of each group in the region."""
+    groups = norm.grouped(read.value)
+    middle = groups - groups.mean(1, keepdim=True) if norm.centred else groups
+    moved = (norm.grouped(read.off).norm(dim=1) * (1 + 1e-9) + 1e-150).clamp(max=read.off_together)
+    lost = relative(int(norm.size)) * groups.abs().amax(1) * math.sqrt(norm.size) + 1e-140
+    least: Tensor = middle.norm(dim=1) * (1 - 1e-9) - moved - lost
+    return least.clamp_min(0.0)
 
 
 def limits_of(step: Step, reads: list[Read], everywhere: Range, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +131,9 @@ def limits_of(step: Step, reads: list[Read], everywhere: Range, like: Tensor) ->
         everywhere: the ends that hold for all inputs.
         like: a tensor of the result's size.
     """
-    normalised = isinstance(step, Opaque) and step.kind == "normalize"
-    ceiling = math.sqrt(step.parameters[0]) * (1 + 1e-9) if normalised else math.inf
+    ceiling = math.inf
+    if isinstance(step, Opaque) and step.kind == "normalize":
+        ceiling = Normalisation.of(step.parameters).longest
     low = torch.full_like(like, max(everywhere[0], -ceiling))
     high = torch.full_like(like, min(everywhere[1], ceiling))
     if isinstance(step, Opaque) and step.kind == "multiply" and len(reads) == 2:

@@ -33,15 +33,15 @@ def _nodes(graph: Graph, node: Node, written: Written) -> list[Node]:
     for part, name, index in zip(("queries", "keys", "values"), written.sources, written.indices[:3], strict=True):
         args: tuple[Any, ...] = (Ref(name), graph[name], index, None)
         names.append(f"{node.name} {part}")
-        made.append(_node(node, names[-1], "opnorm.rearranged", rearranged, args, tuple(index.shape)))
+        made.append(_node(node, names[-1], "opnorm.rearranged.default", rearranged, args, tuple(index.shape)))
     heads, queries, width = written.indices[3].shape
     whole = f"{node.name} whole"
     args = (*(Ref(name) for name in names), written.scores)
-    made.append(_node(node, whole, "opnorm.attention", attend, args, (heads, queries, width)))
+    made.append(_node(node, whole, "opnorm.attention.default", attend, args, (heads, queries, width)))
     back = torch.empty(written.indices[3].numel(), dtype=torch.int64)
     back[written.indices[3].reshape(-1)] = torch.arange(len(back))
     put: tuple[Any, ...] = (Ref(whole), made[-1], back, node)
-    return [*made, replace(node, op="opnorm.rearranged", function=rearranged, args=put, kwargs={})]
+    return [*made, replace(node, op="opnorm.rearranged.default", function=rearranged, args=put, kwargs={})]
 
 
 def _node(node: Node, name: str, op: str, function: Any, args: tuple[Any, ...], shape: tuple[int, ...]) -> Node:

@@ -25,14 +25,14 @@ def attention(node: Node, build: Builder) -> int:
     return build.opaque(node, tuple(build.source(a, node) for a in node.args[:3]), math.inf, _REASON)
 
 
-@register_rule("opnorm.attention")
+@register_rule("opnorm.attention.default")
 def recognised(node: Node, build: Builder) -> int:
     """Attention that was recognised in the graph; on a region it has a constant for each of its sources."""
     sources = tuple(build.source(a, node) for a in node.args[:3])
     return build.opaque(node, sources, math.inf, _REASON, kind="attention")
 
 
-@register_rule("opnorm.rearranged")
+@register_rule("opnorm.rearranged.default")
 def rearranged(node: Node, build: Builder) -> int:
     """Elements of one tensor in another layout."""
     x, before, index = node.args[:3]
