@@ -39,9 +39,9 @@ def scaled_before(x: Tensor, qkv: nn.Module) -> Tensor:
 
 
 def bert(x: Tensor, *layers: nn.Module) -> Tensor:
-    q, k, v = (f(x).view(len(x), x.shape[1], 2, 4).permute(0, 2, 1, 3) for f in layers)
+    q, k, v = (f(x).view(x.shape[0], x.shape[1], 2, 4).permute(0, 2, 1, 3) for f in layers)
     weights = nn.functional.softmax(torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(4), dim=-1)
-    return torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous().view(len(x), x.shape[1], 8)
+    return torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous().view(x.shape[0], x.shape[1], 8)
 
 
 def by_einsum(x: Tensor, qkv: nn.Module) -> Tensor:
@@ -100,13 +100,15 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     ),
     "multi-head": lambda: Lambda(lambda x, a: a(x, x, x, need_weights=False)[0], multi()),
     "multi-head with weights": lambda: Lambda(lambda x, a: a(x, x, x)[0], multi()),
-    "multi-head, masked, with weights": lambda: Lambda(lambda x, a: a(x, x, x, attn_mask=MASK)[0], multi()),
+    "multi-head, masked, with weights": lambda: Lambda(lambda x, a: a(x, x, x, attn_mask=MASK.to(x))[0], multi()),
     "multi-head, more keys": lambda: Lambda(lambda x, a: a(x, x, x, need_weights=False)[0], multi(add_bias_kv=True)),
     "sequence first": lambda: Lambda(lambda x, a: turned(x, a, need_weights=False), nn.MultiheadAttention(8, 2)),
     "sequence first with weights": lambda: Lambda(turned, nn.MultiheadAttention(8, 2)),
     "written": lambda: Lambda(written, fused()),
     "written, added mask": lambda: Lambda(lambda x, a: written(x, a, lambda s: s + MASK), fused()),
-    "written, filled mask": lambda: Lambda(lambda x, a: written(x, a, lambda s: s.masked_fill(~KEEP, -math.inf)), fused()),
+    "written, filled mask": lambda: Lambda(
+        lambda x, a: written(x, a, lambda s: s.masked_fill(~KEEP, -math.inf)), fused()
+    ),
     "written, large mask": lambda: Lambda(lambda x, a: written(x, a, lambda s: torch.where(KEEP, s, -1e9)), fused()),
     "written, constants for scores": lambda: Lambda(lambda x, a: written(x, a, lambda s: s.where(KEEP, 0.3)), fused()),
     "scaled before": lambda: Lambda(scaled_before, fused()),

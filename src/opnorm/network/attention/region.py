@@ -5,80 +5,24 @@ With P the probabilities, `d out_i = sum_j p_ij dv_j + s Cov_i(v, k) dq_i + s M_
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.program import Opaque, Step, Sum
+from opnorm.network.attention.moments import at_centre, changed
 from opnorm.network.attention.scores import Scores
+from opnorm.network.attention.tokens import SLACK, Tokens
 from opnorm.network.centre import relative
 from opnorm.network.distance import Distance
 from opnorm.network.read import Read
 from opnorm.network.region import norm_up
 from opnorm.network.spectral import spectral_up
 
-_SLACK = 1 + 1e-9
-_FEW = 1 << 23
-"""Numbers that are held at once."""
 _TINY = 1e-290
 _LOST = 1e-290
-"""A probability below it counts as that: what `exp` loses to underflow."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Queries, keys or values: at the centre, and how far each one, and those of each head, can be from there.
-
-    Attributes:
-        at: at the centre, shape (heads, tokens, width).
-        off: how far each can be from there, shape (heads, tokens).
-        together: the same for all tokens of a head, shape (heads,).
-        norm: the largest norm of each in the region, shape (heads, tokens).
-        low: the smallest elements.
-        high: the largest.
-    """
-
-    at: Tensor
-    off: Tensor
-    together: Tensor
-    norm: Tensor
-    low: Tensor
-    high: Tensor
-
-    @staticmethod
-    def of(read: Read, heads: int, width: int) -> "Tokens":
-        """From what is known of an argument."""
-        at, off, low, high = (x.reshape(heads, -1, width) for x in (read.value, read.off, read.low, read.high))
-        each = (off.norm(dim=-1) * _SLACK + 1e-150).clamp(max=read.off_together)
-        largest = torch.maximum(low.abs(), high.abs()).norm(dim=-1)
-        norm = torch.minimum(at.norm(dim=-1) + each, largest) * _SLACK + 1e-150
-        together = (each.norm(dim=-1) * _SLACK + 1e-150).clamp(max=read.off_together)
-        return Tokens(at, each, together, norm, low, high)
-
-    def deviation(self, likely: Tensor, *, centred: bool) -> Tensor:
-        """Of each query: the largest standard deviation of these tokens along any direction, shape (heads, queries).
-
-        Args:
-            likely: upper bounds of the probabilities, shape (heads, queries, tokens).
-            centred: about any point that serves; otherwise about 0.
-        """
-        middle = self.at - self.at.mean(1, keepdim=True) if centred else self.at
-        size = middle.norm(dim=-1) * _SLACK
-        widest = torch.minimum((size + self.off).amax(1), self.norm.amax(1)) * _SLACK + 1e-150
-        moved = torch.minimum(
-            (likely @ self.off.square()[..., None])[..., 0].sqrt(), likely.amax(-1).sqrt() * self.together[:, None]
-        )
-        moved = torch.minimum(moved, self.off.amax(1, keepdim=True))
-        spread = (likely @ size.square()[..., None])[..., 0].sqrt()
-        heads, queries, width = len(middle), likely.shape[1], middle.shape[-1]
-        if queries * width * width <= _FEW:
-            for head in range(heads):
-                outer = middle[head, :, :, None] * middle[head, :, None, :]
-                moments = (likely[head] @ outer.flatten(1)).reshape(queries, width, width)
-                spread[head] = torch.minimum(spread[head], spectral_up(moments).sqrt())
-        return torch.minimum((spread + moved) * _SLACK + 1e-150, widest[:, None])
+"""What is added where something moves; a probability below counts as that: what `exp` loses to underflow."""
 
 
 def attention_on_region(
@@ -96,17 +40,21 @@ def attention_on_region(
     inner = reads[0].value.numel() // scores.scale.numel()
     q, k, v = (Tokens.of(r, heads, w) for r, w in zip(reads, (inner, inner, width), strict=True))
     scale = scores.scale.abs() * (1 + 1e-12)
-    centred = scores.kept is None
-    likely, rounded = _likely(q, k, scores)
-    of_values, of_keys = v.deviation(likely, centred=True), k.deviation(likely, centred=centred)
+    weights = scores.weights(q.at, k.at).clamp(min=0.0, max=1.0)
+    moved, rounded = _moved(q, k, scores)
+    likely = _likely(weights, moved + rounded, scores)
+    of_values, of_keys = v.deviation(likely, centred=True), k.deviation(likely, centred=scores.kept is None)
     most = likely.amax(-1)
-    through = of_values * torch.minimum(most.sqrt(), torch.tensor(0.5**0.5)) * _SLACK
-    by_query = scale * of_values * of_keys * _SLACK
-    by_keys = scale * through
+    root = torch.minimum(most.sqrt(), torch.tensor(0.5**0.5)) * SLACK
+    drift = torch.expm1(2 * (moved + rounded)) * SLACK + 1e-12
+    at = at_centre(weights, k, v, scores)
+    crossed, masses = changed(at, drift, of_keys, of_values, k=k, v=v, root=most.sqrt() * SLACK)
+    by_query = scale * _smaller(crossed, of_values * of_keys) * SLACK
+    by_keys = scale * _smaller(masses, of_values * root) * SLACK
     weighed = spectral_up(by_keys[..., None] * q.at) + by_keys.amax(1) * q.together
-    weighed = torch.minimum(weighed, (by_keys * q.norm).norm(dim=-1)) * _SLACK
+    weighed = torch.minimum(weighed, (by_keys * q.norm).norm(dim=-1)) * SLACK
     columns = likely.sum(1).amax(-1).clamp(max=likely.shape[1]).sqrt()
-    averaged = torch.minimum(columns, spectral_up(likely)) * _SLACK
+    averaged = torch.minimum(columns, spectral_up(likely)) * SLACK
     constants = [_finite(float(c.max())) for c in (by_query, weighed, averaged)]
     names = ("queries", "keys", "values")
     reason = "attention on the region"
@@ -134,21 +82,30 @@ def _rows(each: Tensor, width: int) -> Tensor:
     return each[..., None].expand(*each.shape, width).reshape(-1).nan_to_num(nan=math.inf)
 
 
-def _likely(q: Tokens, k: Tokens, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Upper bounds of the probabilities in the region, and how far scores can be off by rounding, for each query."""
+def _moved(q: Tokens, k: Tokens, scores: Scores) -> tuple[Tensor, Tensor]:
+    """How far the scores of each query can move in the region, and how far they can be off by rounding."""
     middle = k.at - k.at.mean(1, keepdim=True) if scores.kept is None else k.at
-    size = middle.norm(dim=-1)[:, None] * _SLACK
-    moved = q.at.norm(dim=-1)[..., None] * _SLACK * k.off[:, None] + (size + k.off[:, None]) * q.off[..., None]
-    moved = (moved.amax(-1) * scores.scale.abs() * (1 + 1e-8)).nan_to_num(nan=math.inf)
+    size = middle.norm(dim=-1)[:, None] * SLACK
+    moved = q.at.norm(dim=-1)[..., None] * SLACK * k.off[:, None] + (size + k.off[:, None]) * q.off[..., None]
     values = scores.of(q.at, k.at)
     near = values > values.amax(-1, keepdim=True) - 1e4
     products = (q.at.norm(dim=-1)[..., None] * k.at.norm(dim=-1)[:, None]).amax(-1) * scores.scale.abs()
     rounded = 2 * relative(q.at.shape[-1]) * (products + torch.where(near, values.abs(), 0.0).amax(-1) + 1)
-    weights = scores.weights(q.at, k.at).clamp(min=_LOST, max=1.0)
-    less = (-2 * (moved + rounded)).exp() * (1 - 1e-9)
-    likely = 1 / (1 + (1 - weights).clamp_min(0.0) * (1 - 1e-12) / weights * less[..., None]) * _SLACK
-    likely = torch.where(scores.bias == -math.inf, 0.0, likely.nan_to_num(nan=1.0).clamp(max=1.0))
-    return likely, rounded.nan_to_num(nan=math.inf)
+    moved = moved.amax(-1) * scores.scale.abs() * (1 + 1e-8)
+    return moved.nan_to_num(nan=math.inf), rounded.nan_to_num(nan=math.inf)
+
+
+def _likely(weights: Tensor, moved: Tensor, scores: Scores) -> Tensor:
+    """Upper bounds of the probabilities where no score moves farther: `p / (p + (1 - p) exp(-2 moved))`."""
+    least = weights.clamp(min=_LOST)
+    rest = (1 - least).clamp_min(0.0) * (1 - 1e-12) / least * ((-2 * moved).exp() * (1 - 1e-9))[..., None]
+    likely = (SLACK / (1 + rest)).nan_to_num(nan=1.0).clamp(max=1.0)
+    return torch.where(scores.bias == -math.inf, 0.0, likely)
+
+
+def _smaller(one: Tensor, two: Tensor) -> Tensor:
+    """The smaller of two bounds, the second one where the first is not finite."""
+    return torch.where(one < two, one, two)
 
 
 def _finite(value: float) -> float:
