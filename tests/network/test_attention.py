@@ -148,7 +148,7 @@ def steepest(model: nn.Module, points: Tensor) -> float:
     return found * (1 - 1e-9)
 
 
-def inside(center: Tensor, radius: float, count: int = 8) -> Tensor:
+def inside(center: Tensor, radius: float, count: int = 4) -> Tensor:
     offsets = torch.randn(count, *center.shape, dtype=torch.float64)
     return center + offsets / offsets.flatten(1).norm(dim=1)[:, None, None] * radius * (1 - 1e-9)
 
@@ -166,7 +166,7 @@ def test_bounds_hold_where_they_are_stated(name: str) -> None:
         assert steepest(model, inside(center, radius)) <= bound.upper < math.inf
         assert bound.upper < ratio * steepest(model, center[None])
     whole = opnorm.lipschitz(model, center[None], region=NormBall(20.0), method="naive", time_budget=0.2)
-    points = torch.cat([inside(center * s, 1.0, 3) for s in (0.01, 0.5, 1.5)])
+    points = torch.cat([inside(center * s, 1.0, 2) for s in (0.01, 0.5, 1.5)])
     assert steepest(model, points) <= whole.upper < math.inf
 
 

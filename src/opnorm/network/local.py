@@ -82,12 +82,13 @@ def localise(
             doubt = distance_of(item, [errors[i] for i in item.sources], weights, None, norms)
             far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms)
             if end:
-                stated = local.whole or item
-                doubt += local.rounding or rounding_of(stated, given, result, node=node, weights=weights)
+                doubt += local.rounding or rounding_of(item, given, result, node=node, weights=weights)
             if end and local.each is not None:
                 far = Distance.of(torch.minimum(far.each, local.each), far.total)
             if last and end and result is not None and result.numel() == item.size:
-                far = far.within(result, doubt.each, *limits_of(step, reads, ranges.of(Ref(node.name)), result))
+                ends = limits_of(step, reads, ranges.of(Ref(node.name)), result)
+                doubt = doubt.within(result, torch.zeros_like(result), *ends)
+                far = far.within(result, doubt.each, *ends)
             distances.append(far)
             errors.append(doubt)
             steps.append(item)

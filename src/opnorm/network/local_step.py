@@ -17,6 +17,7 @@ from opnorm.network.distance import Distance
 from opnorm.network.matrices import product_on_region
 from opnorm.network.normalisation import Normalisation
 from opnorm.network.read import Read
+from opnorm.network.region import norm_up
 from opnorm.network.rules.ranges import Range
 
 
@@ -26,13 +27,11 @@ class Local:
 
     Attributes:
         steps: in order; the last one has the result.
-        whole: a step that stands for all of them where rounding is bounded; None for the steps one by one.
         each: how far the elements of the result can be from their centre, where the rule knows; None elsewhere.
         rounding: of the operation at the centre, likewise.
     """
 
     steps: list[Step]
-    whole: Step | None = None
     each: Tensor | None = None
     rounding: Distance | None = None
 
@@ -104,12 +103,14 @@ def _normalized(step: Opaque, read: Read, *, start: int) -> Local:
     norm = Normalisation.of(step.parameters)
     constants = norm.constants(_shortest(norm, read)).nan_to_num(nan=math.inf).clamp(max=step.constant)
     reason = "normalising, with the variance of the region"
-    whole = replace(step, constant=float(constants.max()), reason=reason)
-    if not math.isfinite(whole.constant):
-        return Local([whole])
+    if not bool(constants.isfinite().all()):
+        return Local([replace(step, constant=math.inf, reason=reason)])
     each = norm.spread(constants, step.size).reshape(step.shape)
     scale = Elementwise(step.sources, step.shape, f"{step.label} (over the deviation)", each, each)
-    return Local([scale, replace(step, sources=(start,), constant=1.0, reason=reason)], whole)
+    size = norm.grouped(read.value).norm(dim=1) * constants + 2 * norm.longest
+    lost = 4 * relative(int(norm.size)) * size + rounding.TINY
+    doubt = Distance.of(norm.spread(lost, step.size), norm_up(lost))
+    return Local([scale, replace(step, sources=(start,), constant=1.0, reason=reason)], rounding=doubt)
 
 
 def _shortest(norm: Normalisation, read: Read) -> Tensor:

@@ -12,7 +12,7 @@ from opnorm.network.region import norm_up
 from opnorm.network.spectral import spectral_up
 
 
-def product_on_region(step: Opaque, reads: list[Read], *, start: int) -> tuple[list[Step], None, None, Distance | None]:
+def product_on_region(step: Opaque, reads: list[Read], *, start: int) -> tuple[list[Step], None, Distance | None]:
     """`d(A B) = dA B + A dB`: one function of each factor and their sum; how far each result can be, and the rounding.
 
     A factor that is used c times, because its leading axes are enlarged, counts sqrt(c) times.
@@ -22,7 +22,7 @@ def product_on_region(step: Opaque, reads: list[Read], *, start: int) -> tuple[l
     count = step.size // (step.shape[-2] * columns)
     left, right = reads[0].value.reshape(-1, step.shape[-2], inner), reads[1].value.reshape(-1, inner, columns)
     if count % len(left) or count % len(right):
-        return [step], None, None, None
+        return [step], None, None
     constants = []
     for own, other, read in ((left, right, reads[1]), (right, left, reads[0])):
         largest = torch.maximum(read.low.abs(), read.high.abs()).reshape(len(other), -1).norm(dim=1)
@@ -38,4 +38,4 @@ def product_on_region(step: Opaque, reads: list[Read], *, start: int) -> tuple[l
     steps.append(Sum((start, start + 1), step.shape, step.label, (1.0, 1.0)))
     sizes = [math.sqrt(count / len(x)) * norm_up(x.abs().reshape(-1)) for x in (left, right)]
     lost = relative(inner) * math.prod(sizes) * (1 + 1e-9) + 1e-150
-    return steps, None, None, Distance.of(torch.full((step.size,), lost, dtype=torch.float64), lost)
+    return steps, None, Distance.of(torch.full((step.size,), lost, dtype=torch.float64), lost)

@@ -27,7 +27,7 @@ _LOST = 1e-290
 
 def attention_on_region(
     step: Opaque, reads: list[Read], scores: Scores, *, start: int
-) -> tuple[list[Step], None, Tensor, Distance]:
+) -> tuple[list[Step], Tensor, Distance]:
     """Three functions of one source each and their sum; how far each result can be from its centre, and the rounding.
 
     Args:
@@ -72,7 +72,6 @@ def attention_on_region(
     lost = (rounded * of_values + relative(likely.shape[-1]) * v.norm.amax(1, keepdim=True)) * (1 + 1e-8) + _TINY
     return (
         steps,
-        None,
         _rows(each, width),
         Distance.of(_rows(lost, width), math.sqrt(width) * norm_up(lost.reshape(-1))),
     )
