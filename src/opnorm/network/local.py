@@ -82,7 +82,7 @@ def localise(
             doubt = distance_of(item, [errors[i] for i in item.sources], weights, None, norms)
             far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms)
             if end:
-                doubt += local.rounding or rounding_of(item, given, result, node=node, weights=weights)
+                doubt += local.rounding or rounding_of(item, given, result, node=operation, weights=weights)
             if end and local.each is not None:
                 far = Distance.of(torch.minimum(far.each, local.each), far.total)
             if last and end and result is not None and result.numel() == item.size:
