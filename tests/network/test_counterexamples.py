@@ -124,12 +124,26 @@ def test_activations_beside_relu_have_their_own_slopes() -> None:
 def test_attention_counts_the_bias_of_its_queries() -> None:
     # X = (.1, -.1), weights 1, b_q = 10: a rule without the bias claims 1.438 for a map of constant 1.551.
     class Attention(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(x + 10, x, x)
+        def __init__(self, bias: float) -> None:
+            super().__init__()
+            self.bias = bias
 
-    bound = opnorm.lipschitz(Attention(), torch.tensor([[[0.1], [-0.1]]]), region=NormBall(0.1 * 2**0.5))
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x + self.bias, x, x)
+
+    x = torch.tensor([[[0.1], [-0.1]]])
+    bound, plain = (
+        opnorm.lipschitz(Attention(b), x, region=NormBall(0.1 * 2**0.5), method="naive") for b in (10.0, 0.0)
+    )
     assert 1.55 < bound.lower <= bound.upper < 10
-    assert math.isinf(opnorm.lipschitz(Attention(), torch.tensor([[[0.1], [-0.1]]])).upper)
+    keys, without = (next(n.constant for n in b.nodes if n.place.endswith("(keys)")) for b in (bound, plain))
+    point = torch.tensor([[0.1], [-0.1]], dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda k: torch.nn.functional.scaled_dot_product_attention(point + 10, k, point), point
+    )
+    measured = float(torch.linalg.matrix_norm(jacobian.reshape(2, 2), 2))
+    assert without < measured <= keys < 4 * measured
+    assert math.isinf(opnorm.lipschitz(Attention(10.0), x).upper)
 
 
 def test_a_region_is_where_the_bound_holds() -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import opnorm
 from network.networks import Lambda
+from opnorm.network import Ball
 
 
 def layer_norm_2d(x: Tensor) -> Tensor:
@@ -94,6 +95,29 @@ def test_normalisations_are_bounded_by_their_eps(name: str) -> None:
     near = torch.cat([s * torch.randn(10, *shape) for s in (1e-4, 1e-2, 0.1, 1.0)]).double()
     slope = steepest(function, near) * (1 - 1e-6)  # one of them computes in float32
     assert 0.8 * bound.upper <= slope <= bound.upper <= constant * (1 + 1e-6)
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "InstanceNorm": (nn.InstanceNorm2d(3), (3, 4, 4)),
+    "GroupNorm": (nn.GroupNorm(2, 4), (4, 3, 3)),
+    "RMSNorm": (nn.RMSNorm(8, eps=1e-6), (3, 8)),
+    "LayerNorm over two axes": (nn.LayerNorm((3, 8)), (3, 8)),
+    "F.normalize over channels": (Lambda(lambda x: F.normalize(x, dim=1)), (4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS | LAYERS)
+def test_on_a_region_a_normalisation_is_bounded_by_the_size_of_what_it_divides(name: str) -> None:
+    torch.manual_seed(0)
+    model, shape = (Lambda(NORMS[name][0]), NORMS[name][1]) if name in NORMS else LAYERS[name]
+    model = model.double().eval()
+    center = torch.randn(*shape, dtype=torch.float64) + 0.3
+    for radius, ratio in ((1e-3, 1.02), (0.2, 3.0)):
+        offsets = torch.randn(20, *shape, dtype=torch.float64).flatten(1)
+        inside = center + (offsets / offsets.norm(dim=1, keepdim=True) * radius * (1 - 1e-9)).reshape(-1, *shape)
+        bound = opnorm.lipschitz(model, center[None], region=Ball(center, radius), method="fast", time_budget=0.2)
+        slope = steepest(model, inside) * (1 - 1e-6)  # one of them computes in float32
+        assert slope <= bound.upper < ratio * slope
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -92,6 +92,9 @@ REGIONAL = {
     "square": (Lambda(lambda x: (x**2).sum(1, keepdim=True)), (4,)),
     "exp": (Lambda(torch.exp), (3,)),
     "layer norm": (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), (4,)),
+    "instance norm": (nn.Sequential(nn.Conv2d(2, 2, 1), nn.InstanceNorm2d(2)), (2, 3, 3)),
+    "group norm": (nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)), (4, 2, 2)),
+    "rms norm": (nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4, eps=1e-6)), (3, 4)),
     "attention": (
         Lambda(lambda x, a: nn.functional.scaled_dot_product_attention(*a(x).chunk(3, -1)), nn.Linear(3, 9)),
         (4, 3),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opnorm.errors import UnsupportedLayerError
+from opnorm.graph.batch import MixedSamplesError
 from opnorm.graph.types import Node
 
 _SHAPED_LIKE = frozenset({
@@ -40,7 +41,8 @@ def check_samples_apart(
         batches: two samples of each input.
 
     Raises:
-        UnsupportedLayerError: naming the first operation whose result for a sample changes.
+        MixedSamplesError: naming the first operation whose result for a sample changes.
+        UnsupportedLayerError: if the program fails for another number of samples.
     """
     try:
         changed = _first_change(program, nodes, batches, in_double, _IN_DOUBLE)
@@ -50,7 +52,7 @@ def check_samples_apart(
         except RuntimeError as problem:
             raise UnsupportedLayerError(f"the exported graph fails for a batch of five samples: {problem}") from problem
     if changed is not None:
-        raise UnsupportedLayerError(
+        raise MixedSamplesError(
             f"{changed.place} mixes the samples of a batch, or depends on how many they are: the network has no "
             "Lipschitz constant for one sample"
         )

@@ -9,6 +9,10 @@ from opnorm.errors import UnsupportedLayerError
 from opnorm.graph.types import Graph, Ref, Weight
 
 
+class MixedSamplesError(UnsupportedLayerError):
+    """An operation whose result for one sample depends on another one."""
+
+
 def batch_place(node: torch.fx.Node, place: str, batch_sizes: set[Any]) -> tuple[int, int]:
     """The axis of a traced tensor that grows with the batch, and how many rows of a sample it holds.
 
@@ -18,19 +22,19 @@ def batch_place(node: torch.fx.Node, place: str, batch_sizes: set[Any]) -> tuple
         batch_sizes: the symbols that stand for the size of the batch; others are sizes that a mask's values decide.
 
     Raises:
-        UnsupportedLayerError: if no axis or several axes do.
+        MixedSamplesError: if no axis or several axes do.
     """
     shape = node.meta["val"].shape
     sizes = [n.node.expr if isinstance(n, torch.SymInt) else None for n in shape]
     axes = [i for i, size in enumerate(sizes) if size is not None and size.free_symbols & batch_sizes]
     if len(axes) != 1:
         grows = "no axis grows" if not axes else f"{len(axes)} axes grow"
-        raise UnsupportedLayerError(f"{place} mixes the samples of a batch: {grows} with the batch in its result")
+        raise MixedSamplesError(f"{place} mixes the samples of a batch: {grows} with the batch in its result")
     size: Any = sizes[axes[0]]
     symbols = list(size.free_symbols)
     factor = size.subs(symbols[0], 1)
     if len(symbols) != 1 or size != factor * symbols[0]:
-        raise UnsupportedLayerError(f"{place} cuts the batch axis into pieces of size {size}")
+        raise MixedSamplesError(f"{place} cuts the batch axis into pieces of size {size}")
     return axes[0], int(factor)
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError
 from opnorm.graph.apart import check_samples_apart, computed, is_shaped_like, operation_of, stored_names, stored_of
-from opnorm.graph.batch import batch_place, varies_fastest
+from opnorm.graph.batch import MixedSamplesError, batch_place, varies_fastest
 from opnorm.graph.decompose import written_out
 from opnorm.graph.types import Graph, Node, Ref, Weight
 
@@ -50,9 +50,23 @@ def export(model: nn.Module, example_input: Example) -> Graph:
     batches = two_samples(example_input)
     results = _results(model, batches)
     program = _exported(model, batches)
-    graph = _Reader(program, batches, results).graph()
-    check_samples_apart(program, graph.nodes, batches)
+    try:
+        graph = _Reader(program, batches, results).graph()
+        check_samples_apart(program, graph.nodes, batches)
+    except MixedSamplesError as problem:
+        raise UnsupportedLayerError(f"{problem}{_batch_elsewhere(model)}") from problem
     return graph
+
+
+def _batch_elsewhere(model: nn.Module) -> str:
+    """The way out where a layer of the model reads its first axis as time."""
+    for name, module in model.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            return (
+                f". {name or 'The model'} ({type(module).__name__}) has batch_first=False, so that the first axis of "
+                "what it reads is no batch: make it with batch_first=True, or transpose before and after it"
+            )
+    return ""
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from opnorm.certificate.network.program import Concat, Elementwise, Input, Linea
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
+from opnorm.network.attention.recognise import with_attention
 from opnorm.network.calculus import PARTS, Candidate, Progress, calculus_bound
 from opnorm.network.certified import certificate_of, derived_weights
 from opnorm.network.folded import folded, is_parametrized
@@ -119,7 +120,8 @@ def lipschitz(
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
     pair = _settled(graph, example_input, pair, remarks=remarks)
     calculus = partial(calculus, seconds=seconds / 2, longest=longest / 2, target=_quotient(pair))
-    local = localised(program_of(graph, split=False), graph, example_input, where)
+    whole = with_attention(graph)
+    local = localised(program_of(whole, split=False), whole, example_input, where)
     plain, plain_anywhere = naive(local, graph.weights), naive(program, graph.weights)
     best = calculus(local, remarks=remarks)
     anywhere = calculus(program, remarks=[])

@@ -8,9 +8,9 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Scale, Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Step, Sum
-from opnorm.certificate.network.stages import concat_order, per_element
+from opnorm.certificate.network.stages import per_element
 from opnorm.graph import Graph, Node, Ref, Weight
-from opnorm.network.distance import steepness
+from opnorm.network.distance import Distance
 from opnorm.network.region import norm_up
 
 EVALUATION = 1e-13
@@ -41,53 +41,43 @@ def shifted(graph: Graph, values: dict[str, Tensor], name: str, start: str) -> T
     return total
 
 
-def centre_error(
-    step: Step,
-    sources: list[Tensor],
-    given: list[Tensor],
-    value: Tensor | None,
-    *,
-    node: Node,
-    weights: Weights,
-    ceiling: float,
-) -> Tensor:
-    """How far the computed value of a step at the centre can be from the exact one, element by element.
+def rounding_of(step: Step, given: list[Tensor], value: Tensor | None, *, node: Node, weights: Weights) -> Distance:
+    """How far the computed value of a step at the centre can be from the exact one for what it reads.
 
     Args:
         step: the step.
-        sources: the same of what it reads.
         given: the values that the step's node reads.
         value: of the node.
         node: the operation.
         weights: by name.
-        ceiling: what no element of the result exceeds in size.
     """
     size = value.abs() if value is not None and value.numel() == step.size else None
     top = max((float(g.abs().max()) for g in given if g.numel()), default=0.0)
     own = (size if size is not None else torch.full((step.size,), top, dtype=torch.float64)) * EVALUATION
     if isinstance(step, Input):
-        return torch.zeros(step.size, dtype=torch.float64)
+        return Distance(torch.zeros(step.size, dtype=torch.float64), 0.0)
     if isinstance(step, Linear):
-        read = given[0].abs() if given and given[0].numel() == sources[0].numel() else torch.full_like(sources[0], top)
+        width = math.prod(step.map.in_shape)
+        read = given[0].abs() if given and given[0].numel() == width else torch.full((width,), top, dtype=torch.float64)
         count = step.map.terms(weights) + step.map.units
-        carried = sources[0] + relative(count) * read
-        if not bool(torch.isfinite(carried).all()):
-            return torch.full((step.size,), math.inf, dtype=torch.float64)
-        moved = step.map.apply(carried.reshape(1, *step.map.in_shape), weights, absolute=True).reshape(-1)
-        return moved * (1 + relative(count)) + own + _hidden(step, node, weights) + (count + 1) * rounding.TINY
+        lost = relative(count) * read
+        if not bool(torch.isfinite(lost).all()):
+            return Distance(torch.full((step.size,), math.inf, dtype=torch.float64), math.inf)
+        moved = step.map.apply(lost.reshape(1, *step.map.in_shape), weights, absolute=True).reshape(-1)
+        each = moved * (1 + relative(count)) + own + _hidden(step, node, weights) + (count + 1) * rounding.TINY
+        return Distance.of(each, math.inf)
     if isinstance(step, Sum):
-        total = torch.stack([abs(c) * s for c, s in zip(step.coefficients, sources, strict=True)]).sum(0)
-        most = max(1.0, *(abs(c) for c in step.coefficients)) * len(sources)
-        return total * (1 + 1e-12) + own + EVALUATION * top * most + rounding.TINY
+        most = max(1.0, *(abs(c) for c in step.coefficients)) * len(step.sources)
+        return Distance.of(own + EVALUATION * top * most + rounding.TINY, math.inf)
     if isinstance(step, Concat):
-        return torch.cat(sources)[concat_order(step.shapes, step.axis)] + own
+        return Distance.of(own, math.inf)
     if isinstance(step, Elementwise):
         rough = 0 if step.label.endswith("relu") else EVALUATION * (1 + top)
-        return steepness(step) * sources[0] * (1 + 1e-12) + own + rough + rounding.TINY
+        return Distance.of(own + rough + rounding.TINY, math.inf)
     assert isinstance(step, Opaque)
-    joined = norm_up(torch.cat(sources)) + relative(step.size) * math.hypot(*(norm_up(g.abs()) for g in given))
-    error = rounding.mul_up(step.constant, joined) * (1 + 1e-9) + EVALUATION * (1 + top) * step.size
-    return torch.full((step.size,), min(error, 2 * ceiling * (1 + 1e-6)), dtype=torch.float64)
+    around = relative(step.size) * math.hypot(*(norm_up(g.abs()) for g in given))
+    error = rounding.mul_up(step.constant, around) * (1 + 1e-9) + EVALUATION * (1 + top) * step.size
+    return Distance.of(torch.full((step.size,), error, dtype=torch.float64), error)
 
 
 def _hidden(step: Linear, node: Node, weights: Weights) -> Tensor | float:

@@ -14,6 +14,7 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Gather, LinearMap, Scale, Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Step, Sum
 from opnorm.certificate.network.stages import concat_order, per_element
+from opnorm.network.normalisation import Normalisation
 from opnorm.network.region import Around, norm_up
 
 
@@ -30,6 +31,11 @@ class Distance:
         each = each.nan_to_num(nan=math.inf, posinf=math.inf).clamp(max=total)
         return Distance(each, min(total, norm_up(each)))
 
+    def __add__(self, other: "Distance") -> "Distance":
+        """One after the other."""
+        each = torch.where((self.each > 0) | (other.each > 0), (self.each + other.each) * (1 + 4 * rounding.U), 0.0)
+        return Distance.of(each, rounding.add_up(self.total, other.total))
+
     def within(self, value: Tensor, doubt: Tensor, low: Tensor, high: Tensor) -> "Distance":
         """The same where the elements are known to lie in [low, high], the centre's within `doubt` of `value`."""
         farthest = (torch.maximum(high - value, value - low) + doubt) * (1 + 8 * rounding.U) + rounding.TINY
@@ -41,13 +47,13 @@ def distance_of(
     step: Step,
     sources: list[Distance],
     weights: Weights,
-    region: Around,
+    region: Around | None,
     norms: Callable[[LinearMap], float],
-    *,
-    ceiling: float,
 ) -> Distance:
-    """The distances of a step's result, no element of which exceeds `ceiling` in size, from those of what it reads."""
+    """The distances of a step's result from those of what it reads; no region for inputs that stay at the centre."""
     if isinstance(step, Input):
+        if region is None:
+            return Distance(torch.zeros(step.size, dtype=torch.float64), 0.0)
         return Distance(region.spread, region.radius)
     total = sources[0].total if len(sources) == 1 else math.hypot(*(s.total for s in sources)) * (1 + 1e-12)
     if isinstance(step, Linear):
@@ -64,7 +70,19 @@ def distance_of(
         return Distance.of(_times(steep, sources[0].each), rounding.mul_up(float(steep.max()), total))
     assert isinstance(step, Opaque)
     top = rounding.mul_up(step.constant, total)
-    return Distance.of(torch.full((step.size,), min(top, 2 * ceiling), dtype=torch.float64), top)
+    if step.kind == "normalize":
+        return _normalised(step, sources[0], top)
+    return Distance.of(torch.full((step.size,), top, dtype=torch.float64), top)
+
+
+def _normalised(step: Opaque, source: Distance, top: float) -> Distance:
+    """Each group moves by itself, and no result is longer than its normalisation lets it be."""
+    norm = Normalisation.of(step.parameters)
+    groups = norm.grouped(source.each)
+    scale = groups.amax(1).clamp_min(rounding.TINY)
+    moved = (groups / scale[:, None]).norm(dim=1) * scale * (step.constant * (1 + 1e-9))
+    each = moved.nan_to_num(nan=math.inf).clamp(max=2 * norm.longest)
+    return Distance.of(norm.spread(each, step.size), min(top, 2 * norm.longest * math.sqrt(len(each)) * (1 + 1e-9)))
 
 
 def steepness(step: Elementwise) -> Tensor:

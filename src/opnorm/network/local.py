@@ -5,6 +5,7 @@ elements, and the whole tensor, can be from it. With these, a ReLU that cannot s
 two functions with bounded slopes, and normalisation and attention have a constant.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -16,10 +17,13 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Elementwise, Opaque, Program, Step
 from opnorm.graph import Graph, Node, Ref
-from opnorm.network.centre import centre_error, shifted
+from opnorm.network.attention.scores import Scores
+from opnorm.network.centre import rounding_of, shifted
 from opnorm.network.distance import Distance, distance_of
-from opnorm.network.local_step import Read, ceiling_of, limits_of, on_region
+from opnorm.network.local_step import limits_of, on_region
 from opnorm.network.naive import map_norm
+from opnorm.network.normalisation import Normalisation
+from opnorm.network.read import Read
 from opnorm.network.region import Around
 from opnorm.network.rules.ranges import Ranges
 
@@ -48,7 +52,7 @@ def localise(
     """
     steps: list[Step] = []
     distances: list[Distance] = []
-    errors: list[Tensor] = []
+    errors: list[Distance] = []
     moved: dict[int, int] = {}
     norms = lru_cache(maxsize=None)(lambda linear: map_norm(linear, weights))
     ranges = Ranges(graph, dict(graph.weights))
@@ -56,7 +60,7 @@ def localise(
         node = graph[program.origins[position]]
         own = tuple(moved[i] for i in step.sources)
         operation = _operation(node, graph, values)
-        names = [a.name for a in operation.args if isinstance(a, Ref) and a.name in values]
+        names = [a.name for a in _operands(step, operation) if a.name in values]
         given = [_spread(values[name], graph[name].sample_shape, node.sample_shape, step) for name in names]
         reads: list[Read] = []
         if isinstance(step, Elementwise | Opaque) and step.kind and len(names) == len(own):
@@ -66,17 +70,25 @@ def localise(
                     far = _sharpened(far, sharpen(Program(tuple(steps), (at,), program.constants), at), region)
                 if value.numel() == far.each.numel():
                     rounded = shifted(graph, values, name, _origin(program, source, node.name))
-                    doubt = errors[at] + _spread(rounded, graph[name].sample_shape, node.sample_shape, step)
+                    lost = _spread(rounded, graph[name].sample_shape, node.sample_shape, step)
+                    doubt = errors[at] + Distance.of(lost, math.inf)
                     reads.append(Read.of(value, far, doubt, ranges.of(Ref(name))))
-        new = on_region(replace(step, sources=own), reads if len(reads) == len(own) else [], start=len(steps))
+        scores = next((a for a in node.args if isinstance(a, Scores)), None)
+        local = on_region(replace(step, sources=own), reads if len(reads) == len(own) else [], scores, start=len(steps))
         result = values.get(node.name)
         last = position + 1 == len(program.steps) or program.origins[position + 1] != node.name
-        for item in new:
-            ceiling, before = ceiling_of(item, reads), [errors[i] for i in item.sources]
-            doubt = centre_error(item, before, given, result, node=operation, weights=weights, ceiling=ceiling)
-            far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms, ceiling=ceiling)
-            if last and item is new[-1] and result is not None and result.numel() == item.size:
-                far = far.within(result, doubt, *limits_of(step, reads, ranges.of(Ref(node.name)), ceiling, result))
+        for item in local.steps:
+            end = item is local.steps[-1]
+            doubt = distance_of(item, [errors[i] for i in item.sources], weights, None, norms)
+            far = distance_of(item, [distances[i] for i in item.sources], weights, region, norms)
+            if end:
+                doubt += local.rounding or rounding_of(item, given, result, node=operation, weights=weights)
+            if end and local.each is not None:
+                far = Distance.of(torch.minimum(far.each, local.each), far.total)
+            if last and end and result is not None and result.numel() == item.size:
+                ends = limits_of(step, reads, ranges.of(Ref(node.name)), result)
+                doubt = doubt.within(result, torch.zeros_like(result), *ends)
+                far = far.within(result, doubt.each, *ends)
             distances.append(far)
             errors.append(doubt)
             steps.append(item)
@@ -105,6 +117,14 @@ def _operation(node: Node, graph: Graph, values: dict[str, Tensor]) -> Node:
     if node.op == "getitem" and node.args[0].name not in values:
         return graph[node.args[0].name]
     return node
+
+
+def _operands(step: Step, node: Node) -> list[Ref]:
+    """The arguments that a step reads: of a normalisation that is written out, what is normalised."""
+    refs = [a for a in node.args if isinstance(a, Ref)]
+    if isinstance(step, Opaque) and step.kind == "normalize" and len(refs) > 1:
+        refs = [node.args[int(Normalisation.of(step.parameters).operand)]]
+    return refs
 
 
 def _origin(program: Program, position: int, name: str) -> str:

@@ -4,6 +4,9 @@ import math
 
 from opnorm.graph import Node, Ref
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
+from opnorm.network.rules.shape import gathered
+
+_REASON = "attention is not globally Lipschitz (its scores are products); give a region"
 
 
 @register_rule("aten.scaled_dot_product_attention.default")
@@ -15,18 +18,22 @@ def attention(node: Node, build: Builder) -> int:
         raise unsupported(node, "its mask depends on the inputs")
     if dropout:
         raise unsupported(node, "its dropout is in training mode; call model.eval() first")
-    query, key = build.shape(node.args[0]), build.shape(node.args[1])
+    query = build.shape(node.args[0])
     heads = {math.prod(build.shape(a)[:-2]) for a in node.args[:3]}
     if len(heads) != 1 or len(query) < 2:
         raise unsupported(node, "queries and keys must have as many heads")
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(query[-1])
+    return build.opaque(node, tuple(build.source(a, node) for a in node.args[:3]), math.inf, _REASON)
+
+
+@register_rule("opnorm.attention.default")
+def recognised(node: Node, build: Builder) -> int:
+    """Attention that was recognised in the graph; on a region it has a constant for each of its sources."""
     sources = tuple(build.source(a, node) for a in node.args[:3])
-    reason = "attention is not globally Lipschitz (its scores are products); give a region"
-    parameters = (
-        float(query[-2]),
-        float(key[-2]),
-        float(query[-1]),
-        float(build.shape(node.args[2])[-1]),
-        float(scale),
-    )
-    return build.opaque(node, sources, math.inf, reason, kind="attention", parameters=parameters)
+    return build.opaque(node, sources, math.inf, _REASON, kind="attention")
+
+
+@register_rule("opnorm.rearranged.default")
+def rearranged(node: Node, build: Builder) -> int:
+    """Elements of one tensor in another layout."""
+    x, before, index = node.args[:3]
+    return gathered(node, build, build.source(x, node), index.reshape(-1), before.sample_shape)

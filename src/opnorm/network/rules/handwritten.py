@@ -10,6 +10,7 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.activations import activation_slopes
 from opnorm.certificate.network.program import Elementwise, Sum
 from opnorm.graph import Node, Ref
+from opnorm.network.normalisation import Normalisation
 from opnorm.network.rules.registry import Builder, label
 from opnorm.network.rules.shape import broadcast
 
@@ -38,22 +39,46 @@ def normalised(node: Node, build: Builder, x: Any, divisor: Any, *, inverse: boo
         size = wide.args[0]
     source = build.source(x, node) if build.shape(x) == node.sample_shape else broadcast(node, build, x)
     root = _root(size, build, inverse=inverse)
+    less: float | None
     if root is not None:
-        axes, eps = _squares(root, x, build)
+        axes, eps, less = _squares(root, x, build)
         if axes is None or eps <= 0:
             return None
         constant = rounding.div_up(1.0, rounding.sqrt_down(eps))
-        return build.opaque(node, (source,), constant, "normalising by the mean of squares is 1/sqrt(eps)-Lipschitz")
+        reason = "normalising by the mean of squares is 1/sqrt(eps)-Lipschitz"
+        known = _known(node, x, axes, build, eps=eps, form=0, less=less)
+        return build.opaque(node, (source,), constant, reason, **known)
     if inverse:
         return None
     clamped, added = made_by(size, "clamp_min", build) or made_by(size, "clamp", build), made_by(size, "add", build)
     end = clamped or added
     if end is None or len(end.args) != 2 or end.kwargs or not _positive(end.args[1]):
         return None
-    if _norm_of(end.args[0], x, build) is None and (clamped or _deviation_of(end.args[0], x, build) is None):
+    eps, less = float(end.args[1]), None
+    axes = _norm_of(end.args[0], x, build)
+    if axes is None:
+        axes, less = (None, 0.0) if clamped else _deviation_of(end.args[0], x, build)
+    if axes is None:
         return None
-    constant = rounding.div_up(1.0, float(end.args[1]))
-    return build.opaque(node, (source,), constant, "normalising by a norm is 1/eps-Lipschitz")
+    reason = "normalising by a norm is 1/eps-Lipschitz"
+    known = _known(node, x, axes, build, eps=eps, form=1 if clamped else 2, less=less)
+    return build.opaque(node, (source,), rounding.div_up(1.0, eps), reason, **known)
+
+
+def _known(
+    node: Node, x: Ref, axes: Any, build: Builder, *, eps: float, form: int, less: float | None
+) -> dict[str, Any]:
+    """What tightens the constant on a region, where the axes are next to each other; `less` is taken off the size."""
+    found = [build.graph[x.name].sample_axis(a) for a in _listed(axes)]
+    places = sorted(a for a in found if a is not None)
+    shape: tuple[int, ...] = build.shape(x)
+    if len(places) != len(found) or places[-1] - places[0] != len(places) - 1:
+        return {}
+    size = math.prod(shape[places[0] : places[-1] + 1])
+    share = 1.0 if less is None else size - less if form == 0 else math.sqrt(max(size - less, 0.0))
+    after = math.prod(shape[places[-1] + 1 :])
+    norm = Normalisation(size, eps, form=form, share=share, after=after, operand=node.args.index(x))
+    return {"kind": "normalize", "parameters": norm.parameters} if share > 0 else {}
 
 
 def _positive(value: Any) -> bool:
@@ -72,18 +97,18 @@ def _root(size: Any, build: Builder, *, inverse: bool) -> Any:
     return None if turned is None else _root(turned.args[0], build, inverse=False)
 
 
-def _squares(root: Any, x: Ref, build: Builder) -> tuple[Any, float]:
-    """The axes and the eps where an argument is `mean(x^2) + eps` or `var(...) + eps`; (None, 0) elsewhere."""
+def _squares(root: Any, x: Ref, build: Builder) -> tuple[Any, float, float]:
+    """Axes, eps and correction of the size where an argument is `mean(x^2) + eps` or `var(...) + eps`, or no axes."""
     added = made_by(root, "add", build)
     if added is None or len(added.args) != 2 or added.kwargs or not _positive(added.args[1]):
-        return None, 0.0
+        return None, 0.0, 0.0
     inside, eps = added.args[0], float(added.args[1])
     mean = made_by(inside, "mean", build)
     if mean is not None and len(mean.args) > 2 and mean.args[2] and _square_of(mean.args[0], x, build):
-        return mean.args[1], eps
+        return mean.args[1], eps, 0.0
     variance = made_by(inside, "var", build)
     axes = None if variance is None else _centred(variance, x, build)
-    return axes, eps
+    return axes, eps, 0.0 if variance is None else _correction(variance)
 
 
 def _square_of(argument: Any, x: Ref, build: Builder) -> bool:
@@ -113,9 +138,17 @@ def _norm_of(argument: Any, x: Ref, build: Builder) -> Any:
     return norm.args[2] if norm is not None and kept and _alike(norm.args[0], x, build) else None
 
 
-def _deviation_of(argument: Any, x: Ref, build: Builder) -> Any:
+def _deviation_of(argument: Any, x: Ref, build: Builder) -> tuple[Any, float]:
     deviation = made_by(argument, "std", build)
-    return None if deviation is None else _centred(deviation, x, build)
+    return (None, 0.0) if deviation is None else (_centred(deviation, x, build), _correction(deviation))
+
+
+def _correction(statistic: Node) -> float:
+    """What is taken off the number of elements in a variance or a deviation."""
+    if statistic.op.endswith(".dim"):
+        return 1.0 if len(statistic.args) < 3 or statistic.args[2] else 0.0
+    correction = statistic.kwargs.get("correction")
+    return 1.0 if correction is None else float(correction)
 
 
 def _centred(statistic: Node, x: Ref, build: Builder) -> Any:

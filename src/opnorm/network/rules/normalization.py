@@ -7,6 +7,7 @@ from typing import Any
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Scale
 from opnorm.graph import Node, Weight
+from opnorm.network.normalisation import Normalisation
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
 from opnorm.network.rules.shape import part_rule
 
@@ -18,9 +19,8 @@ def _normalised(node: Node, build: Builder, source: int, eps: float, group: int,
     constant, reason = math.inf, "normalising without eps is unbounded at constant inputs"
     if eps > 0:
         constant, reason = rounding.div_up(1.0, rounding.sqrt_down(eps)), _REASON
-    return build.opaque(
-        node, (source,), constant, reason, kind="normalize", parameters=(float(group), eps, float(centred))
-    )
+    parameters = Normalisation(group, eps, centred, share=group).parameters
+    return build.opaque(node, (source,), constant, reason, kind="normalize", parameters=parameters)
 
 
 def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:

@@ -17,7 +17,10 @@ def matmul(node: Node, build: Builder) -> int:
     left, right = node.args[:2]
     if isinstance(left, Ref) and isinstance(right, Ref):
         positions = tuple(build.source(a, node) for a in (left, right))
-        return build.opaque(node, positions, inf, "a product of two varying tensors has unbounded slopes")
+        reason = "a product of two varying tensors has unbounded slopes; give a region"
+        apart = not {build.graph[a.name].sample_axis(axis) for a in (left, right) for axis in (-1, -2)} & {None}
+        kind, inner = ("matrices", build.shape(left)[-1]) if apart else ("", 0)
+        return build.opaque(node, positions, inf, reason, kind=kind, parameters=(float(inner),))
     if isinstance(left, Ref):
         weight = build.tensor(right)
         columns = weight[:, None] if weight.dim() == 1 else weight
