@@ -20,7 +20,7 @@ WITH_ARGUMENTS: dict[str, list[Callable[[], nn.Module]]] = {
     "ELU": [nn.ELU, lambda: nn.ELU(3.0), lambda: nn.ELU(0.2)],
     "CELU": [nn.CELU, lambda: nn.CELU(0.3)],
     "GELU": [nn.GELU, lambda: nn.GELU("tanh")],
-    "Softplus": [nn.Softplus, lambda: nn.Softplus(3.0, 10.0)],
+    "Softplus": [nn.Softplus, lambda: nn.Softplus(3.0, 25.0)],
     "PReLU": [nn.PReLU, lambda: nn.PReLU(6, init=-1.5), lambda: nn.PReLU(6, init=3.0)],
     "RReLU": [nn.RReLU, lambda: nn.RReLU(0.5, 2.5)],
     "Hardtanh": [nn.Hardtanh, lambda: nn.Hardtanh(-3, 0.5)],
