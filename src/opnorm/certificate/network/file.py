@@ -75,9 +75,7 @@ class NetworkCertificate:
                     found.append(f"{step.label}: {step.constant:.6g}-Lipschitz{apart} ({step.reason})")
                 if self.on is not None and step.kind == "normalize":
                     stated = ", ".join(f"{p:g}" for p in step.parameters)
-                    found.append(
-                        f"{step.label}: its parameters (group size, eps, whether it centres, ...) are {stated}"
-                    )
+                    found.append(f"{step.label}: its parameters (group size, eps, centred, ...) are {stated}")
             elif isinstance(step, program.Elementwise) and not step.kind:
                 found.append(f"{step.label}: slopes in [{float(step.low.min()):.6g}, {float(step.high.max()):.6g}]")
             else:

@@ -235,7 +235,7 @@ def _sources(step: Step, state: Local) -> tuple[tuple[int, ...], list[Values]]:
 
 
 def _in_rows(step: Opaque, sources: list[Values]) -> bool:
-    """Whether it divides by the root of the mean of squares plus eps, in groups of neighbours (layer norm and its kin)."""
+    """Whether it divides by the root of the mean of squares plus eps, in groups of neighbours."""
     if len(sources) != 1 or len(step.parameters) != 7 or not all(map(math.isfinite, step.parameters)):
         return False
     size, eps, _, form, share, after, operand = step.parameters
