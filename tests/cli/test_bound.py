@@ -87,6 +87,42 @@ def test_what_does_not_hold_is_exit_code_one(weights: Path, tmp_path: Path) -> N
     assert (other.exit_code, "is not of this model" in other.stdout) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        (
+            ("--box", -0.01, 0.01),
+            "inputs in the box that the certificate states (-0.01, -0.01, -0.01, -0.01, ...; shape 6",
+        ),
+        (
+            ("--ball", 0.01, "--center", "c"),
+            "inputs within 0.01 of the centre that the certificate states (1, 1, 1, 1, ",
+        ),
+        (("--norm-ball", 0.02), "inputs of norm at most 0.02"),
+    ],
+)
+def test_a_certificate_on_a_region_says_which(region: tuple[object, ...], said: str, tmp_path: Path) -> None:
+    save_file({"x": torch.ones(6)}, tmp_path / "c")
+    region = tuple(tmp_path / "c" if part == "c" else part for part in region)
+    assert bound("mlp", *region, "--certificate", tmp_path / "net.cert").exit_code == 0
+    held = run("verify", tmp_path / "net.cert", "--model", "cli.models:mlp")
+    assert held.exit_code == 0
+    assert f"\nonly for {said}" in held.stdout
+
+
+def test_the_weights_of_a_model_are_those_that_it_returns(weights: Path, tmp_path: Path) -> None:
+    certificate = tmp_path / "net.cert"
+    assert f"verify {certificate} --model cli.models:mlp\n" in bound("mlp", "--certificate", certificate).stderr
+    held = run("verify", certificate, "--model", "cli.models:mlp")
+    assert (held.exit_code, "taken on trust" in held.stdout) == (0, False)
+    assert "taking the weights that cli.models:mlp returns" in held.stderr
+    assert bound("mlp", "--weights", weights, "--certificate", certificate).exit_code == 0
+    other = run("verify", certificate, "--model", "cli.models:mlp")
+    assert (other.exit_code, "what cli.models:mlp returns; --weights gives others" in other.stdout) == (1, True)
+    neither = run("verify", certificate)
+    assert (neither.exit_code, "--model MODULE:FACTORY" in neither.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(("rule", "code"), [("upper>100", 0), ("upper>0.01", 1), ("gap>=0", 1), ("product<1e-9", 0)])
 def test_rules_decide_the_exit_code(rule: str, code: int) -> None:
     result = bound("mlp", "--fail-on", rule)
@@ -125,7 +161,6 @@ BAD = {
     "budget": (("bound", "cli.models:mlp", "--input", "6", "--time-budget", "0"), "time-budget"),
     "missing weights": (("bound", "cli.models:mlp", "--input", "6", "--weights", "none.pt"), "none.pt"),
     "unbounded": (("bound", "cli.models:Square", "--input", "6"), "the slope of x^2 is unbounded"),
-    "certificate of a region": (("bound", "cli.models:mlp", "--input", "6", "--norm-ball", "1"), "region"),
 }
 
 

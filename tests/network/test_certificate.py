@@ -168,10 +168,3 @@ def test_a_file_that_is_no_certificate_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(CertificateError, match="too short"):
         NetworkCertificate.load(tmp_path / "x")
-
-
-def test_a_bound_on_a_region_has_none() -> None:
-    model = NETS["mlp"].build()
-    bound = opnorm.lipschitz(model, torch.randn(2, 6), region=opnorm.network.Ball(torch.zeros(6), 0.1))
-    with pytest.raises(CertificateError, match="region"):
-        bound.certificate()

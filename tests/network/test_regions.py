@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import opnorm
 from network.networks import Lambda
 from opnorm.certificate.network import program
+from opnorm.certificate.network.region import norm_up
 from opnorm.certificate.network.stages import composite
 from opnorm.network import Ball, Box, NormBall
-from opnorm.network.region import norm_up
 
 
 def wide(*layers: nn.Module) -> nn.Module:
@@ -154,3 +154,31 @@ def test_the_slopes_of_two_functions_in_a_row_hold_all_products() -> None:
     assert torch.equal(
         torch.stack([low[0], high[0]]), torch.stack([ends[1, 0, 0].clamp(max=0), ends[1, 1, 0].clamp(min=0)])
     )
+
+
+IN_PLACE: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "tanh": lambda x, a: 2 * x - 2 * a(x).tanh_(),
+    "sigmoid": lambda x, a: 2 * x - 9 * a(x).sigmoid_(),
+    "a sum": lambda x, a: torch.tanh(a(x).add_(x)) - x,
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_is_written_in_place_leaves_the_value_that_was_read(name: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2)
+    layer.weight.data, layer.bias.data = torch.eye(2), torch.full((2,), 1.5)
+    model = Lambda(IN_PLACE[name], layer).double().eval()
+    center = torch.zeros(2, dtype=torch.float64)
+    bound = opnorm.lipschitz(model, center[None], region=Ball(center, 1e-3), method="fast", time_budget=0.2)
+    found = opnorm.verify(bound.certificate(), model)
+    assert quotients(model, center, 1e-3) <= min(bound.upper, found.upper)
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.expm1, torch.exp2, torch.sinh, torch.cosh])
+def test_the_slopes_of_exp_are_not_those_of_its_relatives(function: Callable[[Tensor], Tensor]) -> None:
+    center = torch.full((2,), -3.0, dtype=torch.float64)
+    model = Lambda(function)
+    bound = opnorm.lipschitz(model, center[None], region=Ball(center, 0.01), method="fast", time_budget=0.2)
+    assert quotients(model, center, 0.01) <= bound.upper
+    assert math.isinf(bound.upper) == (function not in (torch.exp, torch.expm1))

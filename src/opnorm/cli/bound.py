@@ -8,7 +8,7 @@ import click
 from opnorm.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from opnorm.network.region import Region
+    from opnorm.certificate.network.region import Region
 
 EXIT_VIOLATED = 1
 FIELDS = ("upper", "lower", "product", "gap")
@@ -91,8 +91,8 @@ def bound(
         with replacing(certificate) as path:
             proof.save(path)
         click.echo(f"wrote {certificate}", err=True)
-        checked = "FILE" if weights is None else weights
-        click.echo(f"re-check it with: opnorm verify {certificate} --weights {checked} --model {model}", err=True)
+        checked = "" if weights is None else f" --weights {weights}"
+        click.echo(f"re-check it with: opnorm verify {certificate}{checked} --model {model}", err=True)
     broken = [rule for rule in rules if rule.broken_by(found)]
     for rule in broken:
         click.echo(f"violated: {rule.text}: {rule.field} = {getattr(found, rule.field):.6g}", err=True)

@@ -61,9 +61,17 @@ def evaluate(graph: Graph, batches: tuple[Tensor, ...]) -> dict[str, Any]:
             values[node.name] = queue.pop(0)
         else:
             args = filled(node.args, values, graph.weights)
+            if _in_place(node.op):
+                args = (args[0].clone(), *args[1:])  # so that what it writes into keeps its value
             kwargs = {k: filled(v, values, graph.weights) for k, v in node.kwargs.items()}
             values[node.name] = node.function(*args, **kwargs)
     return values
+
+
+def _in_place(op: str) -> bool:
+    """Whether an operation writes its result into its first argument."""
+    name = op.split(".")[1:2]
+    return bool(name) and name[0].endswith("_") and not name[0].endswith("__")
 
 
 def filled(argument: Any, values: dict[str, Any], weights: dict[str, Tensor]) -> Any:

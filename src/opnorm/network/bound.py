@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -9,19 +10,20 @@ import torch
 from torch import nn
 
 from opnorm._enclosure import Guarantee
+from opnorm.certificate.network.file import NetworkCertificate
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
+from opnorm.certificate.network.region import Around, Region
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.graph import Graph, export
 from opnorm.graph.export import Example, two_samples
 from opnorm.network.attention.recognise import with_attention
 from opnorm.network.calculus import PARTS, Candidate, Progress, calculus_bound
-from opnorm.network.certified import certificate_of, derived_weights
+from opnorm.network.certified import certificate_of, certificate_on_region, derived_weights
 from opnorm.network.folded import folded, is_parametrized
 from opnorm.network.lower import Function, Pair, attained
 from opnorm.network.naive import Naive, naive
 from opnorm.network.placed import localised, placed
 from opnorm.network.reach import reach_of
-from opnorm.network.region import Around, Region
 from opnorm.network.rescaling import rescaled_bound
 from opnorm.network.result import NetworkBound, NodeBound
 from opnorm.network.rules import program_of
@@ -57,7 +59,7 @@ def lipschitz(
         method: `auto`; `naive`; `rescaled`, the naive rules with each channel in units of its own; `dense` or
             `fourier`, a form of the calculus; or the last search to try: `fast`, `sweep`, `afp`, `adam`, `newton`.
         guarantee: `proved` (rounding errors included), or `estimate` for the plain floating-point value.
-        region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; one input, no certificate.
+        region: bound the differences of inputs inside a `Ball`, `Box` or `NormBall` only; of one input.
         pairs: how `pairwise` is found: `joint`, from the one covariance that gives `upper`; `each`, from a search for
             each pair of outputs in half of the time, which is tighter. A certificate is of `upper` only.
         time_budget: about how many seconds to spend beyond the naive rules; a form of the calculus whose single pass
@@ -118,18 +120,28 @@ def lipschitz(
             left = math.inf if method == "rescaled" else seconds - (time.monotonic() - begun)
             best = rescaled_bound(program, graph, plain, best=best, once=once, seconds=left, remarks=remarks)
         return _assembled(program, graph, plain, best, pair, guarantee=guarantee, remarks=remarks)
+    assert region is not None
     pair = _settled(graph, example_input, pair, remarks=remarks)
     calculus = partial(calculus, seconds=seconds / 2, longest=longest / 2, target=_quotient(pair))
     whole = with_attention(graph)
     local = localised(program_of(whole, split=False), whole, example_input, where)
     plain, plain_anywhere = naive(local, graph.weights), naive(program, graph.weights)
-    best = calculus(local, remarks=remarks)
-    anywhere = calculus(program, remarks=[])
-    remarks.append("holds for inputs inside the region; a bound on a region has no certificate")
-    best = min((c for c in (best, anywhere) if c is not None), key=lambda c: c.upper, default=None)
+    near, anywhere = calculus(local, remarks=remarks), calculus(program, remarks=[])
+    remarks.append("holds for inputs inside the region")
+    best = min((c for c in (near, anywhere) if c is not None), key=lambda c: c.upper, default=None)
+    least = min(plain_anywhere.total, math.inf if anywhere is None else anywhere.upper)
+    certify = partial(
+        certificate_on_region,
+        graph,
+        region,
+        partial(calculus, remarks=[], progress=_silent),
+        partial(certificate_of, program, graph, plain_anywhere, anywhere, guarantee=guarantee),
+        guarantee=guarantee,
+        helps=min(plain.total, math.inf if near is None else near.upper) < least,
+    )
     if plain_anywhere.total < plain.total:
         local, plain = program, plain_anywhere
-    return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, on_region=True)
+    return _assembled(local, graph, plain, best, pair, guarantee=guarantee, remarks=remarks, certify=certify)
 
 
 def _require_seconds(given: Any) -> None:
@@ -164,7 +176,7 @@ def _assembled(
     *,
     guarantee: Guarantee,
     remarks: list[str],
-    on_region: bool = False,
+    certify: Callable[[], NetworkCertificate] | None = None,
 ) -> NetworkBound:
     nodes = _nodes(program, plain)
     upper, method = plain.total, "naive"
@@ -189,7 +201,7 @@ def _assembled(
         method,
         pair,
         tuple(remarks),
-        lambda: certificate_of(program, graph, plain, best, guarantee=guarantee, on_region=on_region),
+        certify or partial(certificate_of, program, graph, plain, best, guarantee=guarantee),
     )
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Scale, Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Step, Sum
+from opnorm.certificate.network.region import norm_up
 from opnorm.certificate.network.stages import per_element
 from opnorm.graph import Graph, Node, Ref, Weight
 from opnorm.network.distance import Distance
-from opnorm.network.region import norm_up
 
 EVALUATION = 1e-13
 """Relative error allowed for one operation of the evaluation, far above float64's for short sums."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Gather, LinearMap, Scale, Weights
 from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Step, Sum
+from opnorm.certificate.network.region import Around, norm_up
 from opnorm.certificate.network.stages import concat_order, per_element
 from opnorm.network.normalisation import Normalisation
-from opnorm.network.region import Around, norm_up
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Weights
 from opnorm.certificate.network.program import Elementwise, Opaque, Program, Step
+from opnorm.certificate.network.region import Around
 from opnorm.graph import Graph, Node, Ref
 from opnorm.network.attention.scores import Scores
 from opnorm.network.centre import rounding_of, shifted
@@ -24,7 +25,6 @@ from opnorm.network.local_step import limits_of, on_region
 from opnorm.network.naive import map_norm
 from opnorm.network.normalisation import Normalisation
 from opnorm.network.read import Read
-from opnorm.network.region import Around
 from opnorm.network.rules.ranges import Ranges
 
 Sharpen = Callable[[Program, int], Tensor | None]

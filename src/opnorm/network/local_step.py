@@ -9,6 +9,7 @@ from torch import Tensor
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.activations import slopes_between
 from opnorm.certificate.network.program import Elementwise, Opaque, Step, Sum
+from opnorm.certificate.network.region import norm_up
 from opnorm.certificate.network.stages import per_element
 from opnorm.network.attention.region import attention_on_region
 from opnorm.network.attention.scores import Scores
@@ -17,7 +18,6 @@ from opnorm.network.distance import Distance
 from opnorm.network.matrices import product_on_region
 from opnorm.network.normalisation import Normalisation
 from opnorm.network.read import Read
-from opnorm.network.region import norm_up
 from opnorm.network.rules.ranges import Range
 
 

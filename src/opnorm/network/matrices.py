@@ -5,10 +5,10 @@ import math
 import torch
 
 from opnorm.certificate.network.program import Opaque, Step, Sum
+from opnorm.certificate.network.region import norm_up
 from opnorm.network.centre import relative
 from opnorm.network.distance import Distance
 from opnorm.network.read import Read
-from opnorm.network.region import norm_up
 from opnorm.network.spectral import spectral_up
 
 

@@ -7,15 +7,16 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from opnorm.certificate.network.check import chain_of
 from opnorm.certificate.network.program import Elementwise, Program
 from opnorm.certificate.network.proof import prove
+from opnorm.certificate.network.region import Around, Region, around
 from opnorm.errors import ArgumentError, CertificateError, TooLargeError, UnsupportedLayerError
 from opnorm.graph import Graph
 from opnorm.graph.export import Example, two_samples
 from opnorm.network.local import Sharpen, localise
 from opnorm.network.lower import Function
-from opnorm.network.region import Around, Region, around
 from opnorm.network.search import search
 
-_SHARPEN_SIZE, _SHARPEN_STEPS, _SHARPEN_SECONDS = 600, 12, 0.1
+_SHARPEN_SIZE, _SHARPEN_STEPS = 600, 12
+SHARPEN_SECONDS = 0.1
 
 
 def placed(program: Program, region: Region) -> Around:
@@ -40,9 +41,14 @@ def localised(program: Program, graph: Graph, example_input: Example, where: Aro
         if node.batch_axis is not None and values[node.name].is_floating_point()
     }
     weights = {**graph.weights, **program.constants}
+    sharpen = _sharpen(graph) if sharpens(program) else None
+    return localise(program, graph, weights, samples, region=where, sharpen=sharpen)
+
+
+def sharpens(program: Program) -> bool:
+    """Whether a calculus for each activation is affordable."""
     small = max(step.size for step in program.steps) <= _SHARPEN_SIZE
-    few = sum(isinstance(step, Elementwise) for step in program.steps) <= _SHARPEN_STEPS
-    return localise(program, graph, weights, samples, region=where, sharpen=_sharpen(graph) if small and few else None)
+    return small and sum(isinstance(step, Elementwise) for step in program.steps) <= _SHARPEN_STEPS
 
 
 def _sharpen(graph: Graph) -> Sharpen:
@@ -51,7 +57,7 @@ def _sharpen(graph: Graph) -> Sharpen:
     def constants(program: Program, position: int) -> Tensor | None:
         try:
             chain = chain_of(program, graph.weights, "dense")
-            return prove(chain, search(chain, _SHARPEN_SECONDS, "afp").multipliers, pairs_up_to=0).coordinates
+            return prove(chain, search(chain, SHARPEN_SECONDS, "afp").multipliers, pairs_up_to=0).coordinates
         except (TooLargeError, UnsupportedLayerError, CertificateError, LinAlgError):
             return None
 

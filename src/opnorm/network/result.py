@@ -71,10 +71,12 @@ class NetworkBound:
     def certificate(self) -> NetworkCertificate:
         """The certificate of the bound, to be saved and verified by others.
 
-        Its claim is `upper`, or a little more: the verifier proves norms in its own way.
+        Its claim is `upper`, or a little more: the verifier proves norms, and derives slopes on a region, in its own
+        way. On a region the multipliers are searched for once more, within half of the bound's time.
 
         Raises:
-            CertificateError: if the bound is an estimate, infinite, or holds on a region only.
+            CertificateError: if the bound is an estimate, infinite, or rests on a constant that the verifier cannot
+                derive on the region; the message names the operation.
         """
         return self._certify()
 

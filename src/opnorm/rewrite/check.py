@@ -81,7 +81,7 @@ def _compared(certificate: NetworkCertificate, model: nn.Module) -> tuple[str, .
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
     example = tuple(torch.zeros(2, *program.steps[i].shape, dtype=dtype) for i in program.inputs)
     try:
-        own = program_of_model(model, example)
+        own = program_of_model(model, example, on_region=certificate.on is not None)
     except UnsupportedLayerError as problem:
         raise CertificateError(f"the steps could not be compared with the model: {problem}") from problem
     difference = first_difference(program, own)

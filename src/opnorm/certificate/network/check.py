@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from os import PathLike
 from pathlib import Path
 
@@ -14,13 +15,17 @@ from opnorm.certificate.network.cost import fourier_cost
 from opnorm.certificate.network.encoding import described
 from opnorm.certificate.network.file import NetworkCertificate, digest, read_names
 from opnorm.certificate.network.fourier_chain import fourier_chain
-from opnorm.certificate.network.maps import Weights
-from opnorm.certificate.network.program import Elementwise, Program
+from opnorm.certificate.network.local import localised
+from opnorm.certificate.network.maps import LinearMap, Weights
+from opnorm.certificate.network.norms import proves_run
+from opnorm.certificate.network.program import Elementwise, Program, Shift
 from opnorm.certificate.network.proof import prove
+from opnorm.certificate.network.region import Region
+from opnorm.certificate.network.regional import Regional
 from opnorm.certificate.network.rescaled import rescaled
 from opnorm.certificate.network.stages import Chain, dense_chain, per_element
 from opnorm.certificate.network.wellformed import check_program
-from opnorm.errors import CertificateError, UnsupportedLayerError
+from opnorm.errors import ArgumentError, CertificateError, UnsupportedLayerError
 
 SLACK = 1 + 2.0**-30
 """How far above the proved bound a claim is stated, so that another machine's rounding proves it too."""
@@ -33,13 +38,15 @@ class Verified:
     """The outcome of a verification that succeeded.
 
     Attributes:
-        upper: the claim, which was proved again.
+        upper: the claim, which was proved again; for the inputs of `where` alone, if it is not empty.
         proved: the bound that was proved this time, at most `upper`.
         steps: of the program, as one line each: what was taken to be the network.
         read: names of the weights that the program reads.
         unread: names of the weights that play no part, such as biases.
         assumptions: what was taken from the certificate: constants of operations, tensors of its own, and, unless it
             was compared with a model, that the steps are what the network computes.
+        where: for which inputs the claim holds, in words; empty for all of them.
+        region: the same as a region, or None.
     """
 
     upper: float
@@ -48,6 +55,8 @@ class Verified:
     read: tuple[str, ...]
     unread: tuple[str, ...]
     assumptions: tuple[str, ...]
+    where: str = ""
+    region: Region | None = None
 
 
 def verify_network(
@@ -63,7 +72,7 @@ def verify_network(
         progress: called before each stage with the number of those before it, of all, and its name.
 
     The certificate states the graph: that the network computes it is what its reader has to accept, together with the
-    `assumptions`. Slopes of named activations are looked up here, not believed.
+    `assumptions`. Slopes of named activations are looked up here, not believed; on a region they are derived.
 
     Raises:
         CertificateFormatError: if the file cannot be read.
@@ -101,11 +110,17 @@ def verify_network(
         read,
         tuple(name for name in names if name not in read),
         ("the steps of the certificate are what the network computes", *certificate.assumptions),
+        certificate.where,
+        None if certificate.on is None else certificate.on.region,
     )
 
 
 def _proved(certificate: NetworkCertificate, weights: Weights, progress: Progress | None) -> float:
     program = certificate.program
+    if certificate.on is not None:
+        program = on_region(certificate, certificate.on, weights)
+    elif any(isinstance(step, Shift) for step in program.steps):
+        raise CertificateError("the certificate states shifts, which belong to a region, and no region")
     if certificate.calculus == "naive":
         if certificate.multipliers:
             raise CertificateError("the naive rules have no multipliers")
@@ -115,9 +130,39 @@ def _proved(certificate: NetworkCertificate, weights: Weights, progress: Progres
         framed = rescaled(program, weights, certificate.multipliers)
         prove_norms(framed, {**weights, **framed.constants}, certificate.norms, progress)
         return composed(framed, certificate.norms)
-    if certificate.norms:
+    if certificate.norms and certificate.on is None:
         raise CertificateError("the covariance calculus has no norms of steps")
     return prove(chains_of(program, weights, certificate.calculus), certificate.multipliers, 0, progress).upper
+
+
+def on_region(certificate: NetworkCertificate, on: Regional, weights: Weights) -> Program:
+    """The program on the region: every interval is derived here, and what the file states for it is proved first.
+
+    Raises:
+        CertificateError: if something that is stated cannot be proved.
+    """
+    weights = {**weights, **certificate.program.constants}
+    unread = set(on.lemmas)
+
+    def constants(so_far: Program, position: int) -> Tensor | None:
+        if position not in on.lemmas:
+            return None
+        unread.remove(position)
+        return prove(dense_chain(so_far, weights), on.lemmas[position], 0).coordinates
+
+    def norm(position: int, linear: LinearMap) -> float:
+        bound = certificate.norms.get((position,), inf)
+        if bound < inf and not proves_run((linear,), weights, bound):
+            raise CertificateError(f"step {position}: could not prove that its norm is at most {bound!r}")
+        return bound
+
+    try:
+        local = localised(certificate.program, weights, on.region, constants=constants, norm=norm, stated=on.slopes)
+    except ArgumentError as problem:
+        raise CertificateError(f"the region is none: {problem}") from problem
+    if unread:
+        raise CertificateError(f"a lemma is stated for step {min(unread)}, which needs none")
+    return local.result
 
 
 def check_names(certificate: NetworkCertificate, weights: Weights) -> None:

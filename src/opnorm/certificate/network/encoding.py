@@ -13,14 +13,14 @@ from opnorm.errors import CertificateFormatError
 
 MOST_STEPS = 2**16
 
-_STEPS = {
-    c.__name__: c
-    for c in (program.Input, program.Linear, program.Sum, program.Concat, program.Elementwise, program.Opaque)
-}
+_KINDS = (
+    program.Input, program.Linear, program.Sum, program.Concat, program.Shift, program.Elementwise, program.Opaque
+)  # fmt: skip
+_STEPS = {c.__name__: c for c in _KINDS}
 _MAPS = {c.__name__: c for c in (maps.Matrix, maps.Convolution, maps.TransposedConvolution, maps.Scale, maps.Gather)}
 _TEXTS = frozenset({"label", "kind", "weight", "reason", "variance", "index"})
 _COUNTS = frozenset({"axis", "before", "after", "rounded", "groups"})
-_NUMBERS = frozenset({"constant", "eps"})
+_NUMBERS = frozenset({"constant", "eps", "coefficient"})
 _NUMBER_LISTS = frozenset({"coefficients", "parameters"})
 _NESTED = frozenset({"shapes", "padding"})
 _LARGEST = 2**48
@@ -50,6 +50,9 @@ def described(step: Step) -> str:
         what = f"{step.kind or 'function'} with slopes in [{float(step.low.min()):.6g}, {float(step.high.max()):.6g}]"
     elif isinstance(step, program.Opaque):
         what = f"{step.constant:.6g}-Lipschitz function"
+    elif isinstance(step, program.Shift):
+        factor = "" if step.coefficient == 1 else f"{step.coefficient:g} times "
+        what = f"shift by {factor}{step.weight or 'an unknown constant'}"
     elif isinstance(step, program.Sum):
         what = "sum with coefficients " + ", ".join(f"{c:g}" for c in step.coefficients)
     reads = " of " + ", ".join(map(str, step.sources)) if step.sources else ""

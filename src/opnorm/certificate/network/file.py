@@ -1,7 +1,8 @@
 """The certificate of a network as one file: a safetensors file whose metadata states the program.
 
 The metadata holds `format`, `upper` (hexadecimal), `calculus`, `steps`, `outputs`, `digests` and `norms` as JSON, and
-`sha256`, of all the rest and of every tensor. The tensors are the multipliers, the slopes and the constants.
+`sha256`, of all the rest and of every tensor. The tensors are the multipliers, the slopes and the constants. A bound on
+a region has a format of its own, so that nothing takes it for one that holds everywhere: with `region` beside the rest.
 """
 
 import hashlib
@@ -16,13 +17,16 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from opnorm.certificate.network import program
+from opnorm.certificate.network import program, regional
 from opnorm.certificate.network.encoding import counts, number, parsed, refuse, slopes_of, steps_as_json, steps_from
-from opnorm.certificate.network.maps import Weighted, Weights, exactly
+from opnorm.certificate.network.maps import Gather, Weighted, Weights, exactly
 from opnorm.certificate.network.program import Calculus, Program
+from opnorm.certificate.network.region import described
+from opnorm.certificate.network.regional import Regional
 from opnorm.errors import CertificateError, CertificateFormatError
 
 FORMAT = "opnorm.network/2"
+REGION_FORMAT = "opnorm.certificate.network.region/1"
 LARGEST_HEADER = 64 * 2**20
 LARGEST_FILE = 4 * 2**30
 _KEYS = {"format", "upper", "calculus", "steps", "outputs", "digests", "norms", "sha256"}
@@ -42,7 +46,9 @@ class NetworkCertificate:
         program: what the network computes, with the constants that are not among its weights.
         multipliers: one tensor for each non-linear step; for `rescaled` the frame of each step; none for `naive`.
         digests: SHA-256 of each weight that the program reads.
-        norms: for `naive` and `rescaled`, the norm of each linear step, and of pairs that are better taken together.
+        norms: for `naive` and `rescaled`, the norm of each linear step, and of pairs that are better taken together; on
+            a region of some linear steps, by their position in the program that is derived there.
+        on: the region that the claim is about, and what proves the slopes there; None for all inputs.
     """
 
     upper: float
@@ -51,6 +57,12 @@ class NetworkCertificate:
     multipliers: tuple[Tensor, ...]
     digests: dict[str, str]
     norms: dict[Run, float] = field(default_factory=dict)
+    on: Regional | None = None
+
+    @property
+    def where(self) -> str:
+        """For which inputs the claim holds, in words; empty for all of them."""
+        return "" if self.on is None else described(self.on.region)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -59,14 +71,16 @@ class NetworkCertificate:
         for step in self.program.steps:
             if isinstance(step, program.Opaque):
                 apart = ", each channel by itself" if program.keeps_channels(step) else ""
-                found.append(f"{step.label}: {step.constant:.6g}-Lipschitz{apart} ({step.reason})")
+                if self.on is None or step.constant < math.inf:  # on a region the others are derived
+                    found.append(f"{step.label}: {step.constant:.6g}-Lipschitz{apart} ({step.reason})")
+                if self.on is not None and step.kind == "normalize":
+                    stated = ", ".join(f"{p:g}" for p in step.parameters)
+                    found.append(f"{step.label}: its parameters (group size, eps, centred, ...) are {stated}")
             elif isinstance(step, program.Elementwise) and not step.kind:
                 found.append(f"{step.label}: slopes in [{float(step.low.min()):.6g}, {float(step.high.max()):.6g}]")
-            elif isinstance(step, program.Linear) and isinstance(step.map, Weighted):
-                own = [name for name in step.map.names if name in self.program.constants]
+            else:
+                own = [name for name in weights_of(step) if name in self.program.constants]
                 found += [f"{step.label}: its tensor {name!r} is stated in the certificate" for name in own]
-            elif isinstance(step, program.Elementwise) and step.weight in self.program.constants:
-                found.append(f"{step.label}: its tensor {step.weight!r} is stated in the certificate")
         return tuple(dict.fromkeys(found))
 
     def save(self, path: str | Path) -> None:
@@ -76,14 +90,19 @@ class NetworkCertificate:
         tensors = {f"multiplier.{i}": s.to(torch.float64).contiguous() for i, s in enumerate(self.multipliers)}
         tensors |= slopes_of(self.program.steps)
         tensors |= {f"constant.{name}": _storable(t) for name, t in self.program.constants.items()}
+        place = {}
+        if self.on is not None:
+            place["region"], more = self.on.written()
+            tensors |= more
         metadata = {
-            "format": FORMAT,
+            "format": FORMAT if self.on is None else REGION_FORMAT,
             "upper": self.upper.hex(),
             "calculus": self.calculus,
             "steps": steps_as_json(self.program.steps),
             "outputs": json.dumps(self.program.outputs),
             "digests": json.dumps(self.digests),
             "norms": json.dumps([[*run, bound.hex()] for run, bound in self.norms.items()]),
+            **place,
         }
         save_file(tensors, str(path), metadata={**metadata, "sha256": _fingerprint(metadata, tensors)})
 
@@ -95,8 +114,9 @@ class NetworkCertificate:
             CertificateFormatError: if the file is no certificate of a network, or was changed after it was written.
         """
         metadata, tensors = _opened(Path(path))
-        if metadata.keys() != _KEYS:
-            refuse(f"its metadata must have exactly the keys {', '.join(sorted(_KEYS))}")
+        keys = _KEYS | ({"region"} if metadata["format"] == REGION_FORMAT else set())
+        if metadata.keys() != keys:
+            refuse(f"its metadata must have exactly the keys {', '.join(sorted(keys))}")
         if metadata.pop("sha256") != _fingerprint(metadata, tensors):
             refuse("its contents were changed after it was written: its own sha256 does not fit")
         if metadata["calculus"] not in get_args(Calculus):
@@ -104,6 +124,10 @@ class NetworkCertificate:
         upper = number(metadata["upper"], "upper")
         if not 0 <= upper < math.inf:
             refuse(f"upper is {upper!r}, not a finite number")
+        on = None
+        if "region" in metadata:
+            on = regional.read(metadata["region"], {n: t for n, t in tensors.items() if regional.belongs(n)})
+            tensors = {n: t for n, t in tensors.items() if not regional.belongs(n)}
         steps = steps_from(metadata["steps"], tensors)
         constants = {n.removeprefix("constant."): t for n, t in tensors.items() if n.startswith("constant.")}
         count = sum(1 for name in tensors if name.startswith("multiplier."))
@@ -121,6 +145,7 @@ class NetworkCertificate:
             tuple(tensors[f"multiplier.{i}"] for i in range(count)),
             digests,
             _norms(parsed(metadata["norms"])),
+            on,
         )
 
 
@@ -149,11 +174,17 @@ def read_names(network: Program) -> tuple[str, ...]:
     """The stored weights that a program reads."""
     names: list[str] = []
     for step in network.steps:
-        if isinstance(step, program.Linear):
-            names.extend(step.map.names)
-        elif isinstance(step, program.Elementwise) and step.weight:
-            names.append(step.weight)
+        names.extend(weights_of(step))
+        if isinstance(step, program.Linear) and isinstance(step.map, Gather):
+            names.append(step.map.index)
     return tuple(name for name in dict.fromkeys(names) if name not in network.constants)
+
+
+def weights_of(step: program.Step) -> tuple[str, ...]:
+    """The names of the tensors whose values a step uses; an index moves data and has none."""
+    if isinstance(step, program.Linear):
+        return step.map.names if isinstance(step.map, Weighted) else ()
+    return (step.weight,) if isinstance(step, program.Elementwise | program.Shift) and step.weight else ()
 
 
 def digests(network: Program, weights: Weights) -> dict[str, str]:
@@ -168,8 +199,8 @@ def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata, names = dict(file.metadata() or {}), list(file.keys())
-            if metadata.get("format") != FORMAT:
-                refuse(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}")
+            if metadata.get("format") not in (FORMAT, REGION_FORMAT):
+                refuse(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r} or {REGION_FORMAT!r}")
             wrong = [name for name in names if file.get_slice(name).get_dtype() not in ("F64", "I64")]
             if wrong:
                 refuse(f"the tensor {wrong[0]!r} is neither float64 nor int64")

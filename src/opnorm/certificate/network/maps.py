@@ -65,6 +65,11 @@ class LinearMap:
         raise NotImplementedError
 
     @property
+    def widest(self) -> int:
+        """How many elements the largest tensor has that one sample becomes, padding included."""
+        return max(prod(self.in_shape), prod(self.out_shape))
+
+    @property
     def units(self) -> int:
         """Relative error of a coefficient, in units of 2^-53."""
         return 0
@@ -142,6 +147,15 @@ class Convolution(Weighted):
     circular: bool = False
 
     @property
+    def padded(self) -> tuple[int, ...]:
+        """Points per axis after padding."""
+        return tuple(n + a + b for n, (a, b) in zip(self.in_shape[1:], self.padding, strict=True))
+
+    @property
+    def widest(self) -> int:  # noqa: D102
+        return max(self.in_shape[0] * prod(self.padded), prod(self.out_shape))
+
+    @property
     def units(self) -> int:  # noqa: D102
         # Where a circular kernel is wider than the image, taps that meet in one coefficient are added up.
         spans = (d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
@@ -189,6 +203,15 @@ class TransposedConvolution(Weighted):
     output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """Points per axis before its padding is cut off."""
+        return tuple(n + 2 * p for n, p in zip(self.out_shape[1:], self.padding, strict=True))
+
+    @property
+    def widest(self) -> int:  # noqa: D102
+        return max(prod(self.in_shape), self.out_shape[0] * prod(self.padded))
 
     def apply(self, x: Tensor, weights: Weights, *, absolute: bool = False) -> Tensor:  # noqa: D102
         kernel = stored(weights, self.weight)

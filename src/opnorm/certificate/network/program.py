@@ -69,6 +69,26 @@ class Concat(Step):
     shapes: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
+class Shift(Step):
+    """`y = x + c w` for a stored tensor w, such as a bias.
+
+    It cancels in differences, so only a program whose values matter states it: one on a region.
+
+    Attributes:
+        weight: name of w, along one axis of the flattened sample, as in `maps.Matrix`; empty where nothing is known of
+            what is added.
+        before: product of the sizes before that axis.
+        after: product of the sizes after it.
+        coefficient: c.
+    """
+
+    weight: str
+    before: int = 1
+    after: int = 1
+    coefficient: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Elementwise(Step):
     """A function of each element whose difference quotients lie in [low, high].

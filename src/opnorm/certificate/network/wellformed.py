@@ -6,7 +6,7 @@ import torch
 
 from opnorm.certificate.network import maps
 from opnorm.certificate.network.maps import Weights
-from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Step, Sum
+from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Shift, Step, Sum
 from opnorm.errors import CertificateError
 
 _LARGEST = 2**31
@@ -56,6 +56,8 @@ def _problem(step: Step, position: int, program: Program, weights: Weights) -> s
         return _concat_problem(step, sources)
     if len(sources) != 1:
         return "it reads more than one step"
+    if isinstance(step, Shift):
+        return _shift_problem(step, sources[0], weights)
     if isinstance(step, Elementwise):
         return _slope_problem(step) if sources[0].size == step.size else "its size is not that of what it reads"
     assert isinstance(step, Linear)
@@ -75,6 +77,17 @@ def _concat_problem(step: Concat, sources: list[Step]) -> str:
     others = [tuple(n for i, n in enumerate(shape) if i != step.axis) for shape in (*step.shapes, step.shape)]
     joined = sum(shape[step.axis] for shape in step.shapes)
     return "" if len(set(others)) == 1 and joined == step.shape[step.axis] else "its parts do not fit"
+
+
+def _shift_problem(step: Shift, source: Step, weights: Weights) -> str:
+    if source.size != step.size or not isfinite(step.coefficient):
+        return "its size is not that of what it reads"
+    if not step.weight:
+        return ""
+    if step.weight not in weights:
+        return f"there is no weight {step.weight!r}"
+    fits = step.before * weights[step.weight].numel() * step.after == step.size
+    return "" if fits else f"{step.weight!r} of shape {tuple(weights[step.weight].shape)} does not fit"
 
 
 def _slope_problem(step: Elementwise) -> str:
@@ -140,13 +153,12 @@ def _convolution_problem(conv: maps.Convolution, weights: Weights) -> str:
     whole = conv.in_shape[0] % conv.groups == 0 and conv.out_shape[0] % conv.groups == 0
     if not whole or tuple(weights[conv.weight].shape) != wanted:
         return f"its kernel has the shape {tuple(weights[conv.weight].shape)}, not {wanted}"
-    padded = [n + a + b for n, (a, b) in zip(conv.in_shape[1:], conv.padding, strict=True)]
-    if conv.in_shape[0] * prod(padded) > _LARGEST:
+    if conv.widest > _LARGEST:
         return "its padding is too large"
     if conv.circular and any(max(pair) > n for n, pair in zip(conv.in_shape[1:], conv.padding, strict=True)):
         return "its circular padding is wider than its images"
     spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel, strict=True)]
-    out = tuple((n - span) // s + 1 for n, span, s in zip(padded, spans, conv.stride, strict=True))
+    out = tuple((n - span) // s + 1 for n, span, s in zip(conv.padded, spans, conv.stride, strict=True))
     return "" if out == conv.out_shape[1:] else f"its images have the size {out}, not {conv.out_shape[1:]}"
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from opnorm import _rounding as rounding
 from opnorm.certificate.network.program import Opaque, Step, Sum
+from opnorm.certificate.network.region import norm_up
 from opnorm.network.attention.moments import at_centre, changed
 from opnorm.network.attention.scores import Scores
 from opnorm.network.attention.tokens import SLACK, Tokens
 from opnorm.network.centre import relative
 from opnorm.network.distance import Distance
 from opnorm.network.read import Read
-from opnorm.network.region import norm_up
 from opnorm.network.spectral import spectral_up
 
 _TINY = 1e-290

@@ -109,6 +109,9 @@ _KIND |= {
     "aten.xlogy.Tensor": "log", "aten.prod.dim_int": "prod", "aten.var.correction": "square", "aten.var.dim": "square",
 }  # fmt: skip
 
+_SLOPED = frozenset({"aten.exp.default", "aten.expm1.default", "aten.square.default"})
+"""Those whose slopes on a region are known by the name of their kind."""
+
 
 @register_rule(*_KIND)
 def unbounded(node: Node, build: Builder) -> int:
@@ -117,7 +120,8 @@ def unbounded(node: Node, build: Builder) -> int:
     varied = [a for a in node.args if isinstance(a, Ref) and a.name in build.at]
     if node.op.split(".")[1] in ("prod", "var") and _reduces_batch(node, build):
         raise unsupported(node, "it mixes the samples of a batch")
-    return build.opaque(node, tuple(build.source(a, node) for a in varied), math.inf, UNBOUNDED[kind], kind=kind)
+    named = kind if node.op in _SLOPED else ""
+    return build.opaque(node, tuple(build.source(a, node) for a in varied), math.inf, UNBOUNDED[kind], kind=named)
 
 
 def _reduces_batch(node: Node, build: Builder) -> bool:

@@ -8,30 +8,33 @@ import torch
 from opnorm.certificate.network.maps import Convolution, Matrix, Scale, TransposedConvolution
 from opnorm.errors import WeightError
 from opnorm.graph import Node, Ref, Weight
+from opnorm.network.rules.followed import filled_with
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
 from opnorm.network.rules.shape import broadcast, part_rule
+from opnorm.network.rules.shifts import shifted
 
 
 @register_rule("aten.linear.default")
 def linear(node: Node, build: Builder) -> int:
     """`y = x W^T + b` along the last axis."""
-    x, weight = node.args[0], node.args[1]
+    x, weight, bias = node.args[0], node.args[1], _argument(node, 2, "bias")
     source = build.source(x, node)
     _require_weight(weight, node)
-    _require_constant(_argument(node, 2, "bias"), node)
+    _require_constant(bias, node)
     shape = build.shape(x)
     if build.graph[x.name].sample_axis(-1) is None:
         raise unsupported(node, "it acts on the batch axis")
     rows = build.weights[weight.name].shape[0]
-    return build.linear(node, source, Matrix(shape, (*shape[:-1], rows), weight.name, prod(shape[:-1])))
+    matrix = Matrix(shape, (*shape[:-1], rows), weight.name, prod(shape[:-1]))
+    return shifted(node, build, build.linear(node, source, matrix), bias)
 
 
 @register_rule(*(f"aten.conv{d}d.{kind}" for d in (1, 2, 3) for kind in ("default", "padding")))
 def convolution(node: Node, build: Builder) -> int:
     """Torch's convolutions; a padding operation just before is taken into the convolution."""
-    x, weight = node.args[:2]
+    x, weight, bias = *node.args[:2], _argument(node, 2, "bias")
     _require_weight(weight, node)
-    _require_constant(_argument(node, 2, "bias"), node)
+    _require_constant(bias, node)
     kernel = tuple(build.weights[weight.name].shape[2:])
     dims = len(kernel)
     stride = _tuple(_argument(node, 3, "stride", 1), dims)
@@ -45,7 +48,7 @@ def convolution(node: Node, build: Builder) -> int:
     if len(shape) != dims + 1 or build.graph[x.name].batch_axis != 0:
         raise unsupported(node, f"it needs (batch, channels, {dims} spatial axes)")
     linear = Convolution(shape, node.sample_shape, weight.name, kernel, stride, padding, dilation, groups, circular)
-    return build.linear(node, source, linear)
+    return shifted(node, build, build.linear(node, source, linear), bias, axis=1)
 
 
 def _padded_before(
@@ -58,6 +61,8 @@ def _padded_before(
     mode = node.args[2] if len(node.args) > 2 else "constant"
     if mode not in ("constant", "circular") or len(widths) > 2 * dims or min(widths) < 0:
         return None
+    if build.shifts and filled_with(node) != 0:
+        return None
     widths += [0] * (2 * dims - len(widths))
     pairs = tuple((widths[2 * i], widths[2 * i + 1]) for i in reversed(range(dims)))
     return build.source(node.args[0], node), build.shape(node.args[0]), pairs, mode == "circular"
@@ -66,9 +71,9 @@ def _padded_before(
 @register_rule("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 def transposed_convolution(node: Node, build: Builder) -> int:
     """Torch's transposed convolutions."""
-    x, weight = node.args[:2]
+    x, weight, bias = *node.args[:2], _argument(node, 2, "bias")
     _require_weight(weight, node)
-    _require_constant(_argument(node, 2, "bias"), node)
+    _require_constant(bias, node)
     dims = len(build.weights[weight.name].shape) - 2
     stride, padding, output = (
         _tuple(_argument(node, i, name, default), dims)
@@ -79,33 +84,38 @@ def transposed_convolution(node: Node, build: Builder) -> int:
     if len(shape) != dims + 1 or build.graph[x.name].batch_axis != 0:
         raise unsupported(node, f"it needs (batch, channels, {dims} spatial axes)")
     linear = TransposedConvolution(shape, node.sample_shape, weight.name, stride, padding, output, dilation, groups)
-    return build.linear(node, build.source(x, node), linear)
+    return shifted(node, build, build.linear(node, build.source(x, node), linear), bias, axis=1)
 
 
 @register_rule("aten.batch_norm.default")
 def batch_norm(node: Node, build: Builder) -> int:
     """In evaluation mode: each channel times `weight / sqrt(running_var + eps)`."""
-    x, weight, _, _, variance, training, _, eps = node.args[:8]
-    if training or variance is None:
+    x, *stored, training, _, eps = node.args[:8]
+    if training or stored[-1] is None:
         raise unsupported(node, "in training mode BatchNorm mixes the samples of a batch; call model.eval() first")
-    return _channel_scale(node, build, x, weight, variance=variance, eps=float(eps))
+    return channel_scale(node, build, x, *stored, eps=float(eps))
 
 
 @part_rule("aten._native_batch_norm_legit_no_training.default")
 def native_batch_norm(whole: Node, node: Node, build: Builder) -> int:
     """The same, as the functional form of the graph names it."""
-    x, weight, _, _, variance, _, eps = whole.args[:7]
-    return _channel_scale(node, build, x, weight, variance=variance, eps=float(eps))
+    x, *stored, _, eps = whole.args[:7]
+    return channel_scale(node, build, x, *stored, eps=float(eps))
 
 
-def _channel_scale(node: Node, build: Builder, x: Ref, weight: Weight | None, *, variance: Weight, eps: float) -> int:
+def channel_scale(
+    node: Node, build: Builder, x: Ref, weight: Any, bias: Any, mean: Any, variance: Weight, *, eps: float
+) -> int:
+    """`weight (x - mean) / sqrt(variance + eps) + bias`, channel by channel."""
     shape = build.shape(x)
     if build.graph[x.name].sample_axis(1) != 0:
         raise unsupported(node, "the channels must follow the batch axis")
     if not bool((build.tensor(variance) + eps > 0).all()):
         raise WeightError(f"the variance {variance.name!r} plus eps is not positive, so {node.place} has no constant")
     name = weight.name if isinstance(weight, Weight) else ""
-    return build.linear(node, build.source(x, node), Scale(shape, shape, name, 0, variance.name, eps))
+    centred = shifted(node, build, build.source(x, node), mean, axis=1, coefficient=-1.0)
+    scale = build.linear(node, centred, Scale(shape, shape, name, 0, variance.name, eps))
+    return shifted(node, build, scale, bias, axis=1)
 
 
 def scaled(node: Node, build: Builder, x: Ref, weight: Weight) -> int:

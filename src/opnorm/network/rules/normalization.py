@@ -8,8 +8,10 @@ from opnorm import _rounding as rounding
 from opnorm.certificate.network.maps import Scale
 from opnorm.graph import Node, Weight
 from opnorm.network.normalisation import Normalisation
+from opnorm.network.rules.linear import channel_scale
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
 from opnorm.network.rules.shape import part_rule
+from opnorm.network.rules.shifts import shifted
 
 _REASON = "normalising is 1/sqrt(eps)-Lipschitz: its Jacobian is a projection over the standard deviation"
 
@@ -23,8 +25,13 @@ def _normalised(node: Node, build: Builder, source: int, eps: float, group: int,
     return build.opaque(node, (source,), constant, reason, kind="normalize", parameters=parameters)
 
 
-def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:
-    """Multiply by the layer's weight, along one axis of the sample or along its last ones (axis None)."""
+def _affine(node: Node, build: Builder, position: int, weight: Any, bias: Any, axis: int | None) -> int:
+    """Multiply by the layer's weight and add its bias, along one axis of the sample or along its last ones (None)."""
+    scaled = _scaled(node, build, position, weight, axis)
+    return shifted(node, build, scaled, bias, axis=None if axis is None else axis + 1)
+
+
+def _scaled(node: Node, build: Builder, position: int, weight: Any, axis: int | None) -> int:
     if weight is None:
         return position
     if not isinstance(weight, Weight):
@@ -43,20 +50,20 @@ def _affine(node: Node, build: Builder, position: int, weight: Any, axis: int | 
 def layer_norm(node: Node, build: Builder) -> int:
     """`gamma (x - mean) / sqrt(var + eps)` over the last axes."""
     x, axes = node.args[:2]
-    weight = node.args[2] if len(node.args) > 2 else None
+    weight, bias = (*node.args[2:4], None, None)[:2]
     eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
     _require_last_axes(node, build, len(axes))
     group = prod(axes)
-    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, None)
+    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, bias, None)
 
 
 @part_rule("aten.native_layer_norm.default")
 def native_layer_norm(whole: Node, node: Node, build: Builder) -> int:
     """The same in the functional form of the graph."""
-    x, axes, weight, _, eps = whole.args[:5]
+    x, axes, weight, bias, eps = whole.args[:5]
     _require_last_axes(whole, build, len(axes))
     position = _normalised(node, build, build.source(x, node), float(eps), prod(axes))
-    return _affine(node, build, position, weight, None)
+    return _affine(node, build, position, weight, bias, None)
 
 
 @register_rule("aten.rms_norm.default")
@@ -69,18 +76,18 @@ def rms_norm(node: Node, build: Builder) -> int:
     if eps is None:
         raise unsupported(node, "its eps is left to torch, which takes one that depends on the dtype; set it")
     position = _normalised(node, build, build.source(x, node), float(eps), prod(axes), centred=False)
-    return _affine(node, build, position, weight, None)
+    return _affine(node, build, position, weight, None, None)
 
 
 @register_rule("aten.group_norm.default")
 def group_norm(node: Node, build: Builder) -> int:
     """LayerNorm over each group of channels, with one factor per channel."""
     x = node.args[0]
-    weight = node.args[2] if len(node.args) > 2 else None
+    weight, bias = (*node.args[2:4], None, None)[:2]
     eps = float(node.args[4]) if len(node.args) > 4 else 1e-5
     _require_channels(node, build)
     group = prod(node.sample_shape) // int(node.args[1])
-    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, 0)
+    return _affine(node, build, _normalised(node, build, build.source(x, node), eps, group), weight, bias, 0)
 
 
 @part_rule("aten.native_group_norm.default")
@@ -89,21 +96,21 @@ def native_group_norm(whole: Node, node: Node, build: Builder) -> int:
     _require_channels(whole, build)
     source = build.source(whole.args[0], node)
     group = prod(node.sample_shape) // int(whole.args[6])
-    return _affine(node, build, _normalised(node, build, source, float(whole.args[7]), group), whole.args[1], 0)
+    position = _normalised(node, build, source, float(whole.args[7]), group)
+    weight, bias = whole.args[1:3]
+    return _affine(node, build, position, weight, bias, 0)
 
 
 @register_rule("aten.instance_norm.default")
 def instance_norm(node: Node, build: Builder) -> int:
     """LayerNorm over each channel; with running statistics in evaluation mode it is a BatchNorm."""
-    x, weight, _, _, variance, use_input, _, eps = node.args[:8]
+    x, weight, bias, mean, variance, use_input, _, eps = node.args[:8]
     _require_channels(node, build)
-    source = build.source(x, node)
-    if use_input:
-        group = prod(node.sample_shape[1:])
-        return _affine(node, build, _normalised(node, build, source, float(eps), group), weight, 0)
-    name = weight.name if isinstance(weight, Weight) else ""
-    shape = node.sample_shape
-    return build.linear(node, source, Scale(shape, shape, name, 0, variance.name, float(eps)))
+    if not use_input:
+        return channel_scale(node, build, x, weight, bias, mean, variance, eps=float(eps))
+    group = prod(node.sample_shape[1:])
+    position = _normalised(node, build, build.source(x, node), float(eps), group)
+    return _affine(node, build, position, weight, bias, 0)
 
 
 def _require_last_axes(node: Node, build: Builder, count: int) -> None:

@@ -9,6 +9,7 @@ from opnorm.certificate.network.maps import Convolution, Gather, Matrix
 from opnorm.graph import Node, Ref, Weight
 from opnorm.network.rules.registry import Builder, register_rule, unsupported
 from opnorm.network.rules.shape import gathered, one_sample
+from opnorm.network.rules.shifts import shifted
 
 
 @register_rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
@@ -41,7 +42,8 @@ def addmm(node: Node, build: Builder) -> int:
         raise unsupported(node, "its bias depends on the inputs")
     if node.kwargs:
         raise unsupported(node, "alpha and beta have no rule")
-    return _product(node, build, x, build.tensor(weight).mT, f"{weight.name} transposed")
+    position = _product(node, build, x, build.tensor(weight).mT, f"{weight.name} transposed")
+    return shifted(node, build, position, bias)
 
 
 def _product(node: Node, build: Builder, x: Ref, matrix: Tensor, name: str, *, from_left: bool = False) -> int:

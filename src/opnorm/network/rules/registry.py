@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from opnorm.certificate.network.maps import LinearMap, Weighted
-from opnorm.certificate.network.program import Elementwise, Input, Linear, Opaque, Program, Step, Sum
+from opnorm.certificate.network.program import Concat, Elementwise, Input, Linear, Opaque, Program, Shift, Step, Sum
 from opnorm.errors import UnsupportedLayerError
 from opnorm.graph import Graph, Node, Ref, Weight
+from opnorm.network.rules.followed import whole
 from opnorm.network.rules.ranges import Ranges
 
 
@@ -27,6 +28,7 @@ class Builder:
         constants: tensors that the rules made; they travel with the program.
         split: whether a product of bounded factors becomes two functions with bounded slopes; on a region it stays one
             step, which is tightened there.
+        shifts: whether what is added to a linear operation is a step; a certificate on a region needs the values.
     """
 
     graph: Graph
@@ -35,6 +37,7 @@ class Builder:
     at: dict[str, int] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     split: bool = True
+    shifts: bool = False
 
     @cached_property
     def ranges(self) -> Ranges:
@@ -93,6 +96,10 @@ class Builder:
         """Append a function that is known by its Lipschitz constant alone."""
         return self.add(Opaque(sources, node.sample_shape, label(node), constant, reason, kind, parameters))
 
+    def unknown(self, node: Node, position: int) -> int:
+        """Append a step that adds something unknown to an earlier one."""
+        return self.add(Shift((position,), self.steps[position].shape, label(node), ""))
+
 
 Rule = Callable[[Node, Builder], int]
 
@@ -150,13 +157,13 @@ def label(node: Node) -> str:
     return f"{node.path}: {name}" if node.path else name
 
 
-def program_of(graph: Graph, *, split: bool = True) -> Program:
-    """The program of a graph; `split` as in `Builder`.
+def program_of(graph: Graph, *, split: bool = True, shifts: bool = False) -> Program:
+    """The program of a graph; `split` and `shifts` as in `Builder`.
 
     Raises:
         UnsupportedLayerError: naming the first operation without a rule.
     """  # noqa: DOC501 - made by a helper
-    build = Builder(graph, dict(graph.weights), split=split)
+    build = Builder(graph, dict(graph.weights), split=split, shifts=shifts)
     needed = _needed(graph)
     origins: list[str] = []
     for node in graph.nodes:
@@ -176,9 +183,12 @@ def program_of(graph: Graph, *, split: bool = True) -> Program:
             raise unsupported(node, "the operation is not known")
         if node.dtype is not None and node.dtype.is_complex:
             raise unsupported(node, "complex numbers are not followed")
-        build.at[node.name] = _RULES[node.op](node, build)
+        rule = _RULES[node.op]
+        build.at[node.name] = rule(node, build)
         if node.dtype is not None and not node.dtype.is_floating_point:
             raise unsupported(node, "its result is of integers, and casting to them jumps")
+        if shifts and not (rule.__module__.startswith(__package__) and whole(node, build.at)):
+            build.at[node.name] = build.unknown(node, build.at[node.name])
         origins += [node.name] * (len(build.steps) - len(origins))
     outputs = [build.at[name] for name in graph.outputs if name in build.at]
     if not outputs:
@@ -186,14 +196,15 @@ def program_of(graph: Graph, *, split: bool = True) -> Program:
             f"the output {graph.outputs[0]!r} does not depend on an input that may be varied: integers are not; where "
             "the inputs are tokens, bound the model from their embeddings on"
         )
-    steps = _without_zeros(build.steps, {*graph.derived, *build.constants}, build.weights)
+    steps = _without_zeros(build.steps, {*graph.derived, *build.constants}, build.weights, values=shifts)
     return _without_unread(steps, outputs, build.constants, origins)
 
 
-def _without_zeros(steps: list[Step], made: set[str], weights: dict[str, Tensor]) -> list[Step]:
+def _without_zeros(steps: list[Step], made: set[str], weights: dict[str, Tensor], *, values: bool) -> list[Step]:
     """The steps with sums that leave out what is zero times something, such as a gate times the first state.
 
-    Only tensors that the forward or a rule makes are looked at: a stored weight may be zero now and not later.
+    Only tensors that the forward or a rule makes are looked at: a stored weight may be zero now and not later. With
+    `values` what is left out is zero itself, not only what it differs by.
     """
     zero: set[int] = set()
     kept: list[Step] = []
@@ -201,7 +212,8 @@ def _without_zeros(steps: list[Step], made: set[str], weights: dict[str, Tensor]
         rest = [i for i, source in enumerate(step.sources) if source not in zero]
         names = step.map.names if isinstance(step, Linear) and isinstance(step.map, Weighted) else ()
         nothing = bool(made.intersection(names)) and not any(bool(weights[name].any()) for name in names)
-        if nothing or (step.sources and not rest):
+        still = not rest and bool(step.sources) and (not values or isinstance(step, Linear | Sum | Concat))
+        if nothing or still:
             zero.add(position)
         shorter = isinstance(step, Sum) and 0 < len(rest) < len(step.sources)
         kept.append(_some_of(step, rest) if isinstance(step, Sum) and shorter else step)
@@ -223,6 +235,7 @@ def _without_unread(steps: list[Step], outputs: list[int], constants: dict[str, 
     new = {old: i for i, old in enumerate(kept)}
     moved = tuple(replace(steps[i], sources=tuple(new[s] for s in steps[i].sources)) for i in kept)
     used = {name for step in moved if isinstance(step, Linear) for name in step.map.names}
+    used |= {step.weight for step in moved if isinstance(step, Shift)}
     named = {n: t for n, t in constants.items() if n in used}
     return Program(moved, tuple(new[i] for i in outputs), named, tuple(origins[i] for i in kept))
 

@@ -14,6 +14,7 @@ from opnorm.network.rules.handwritten import gated, normalised
 from opnorm.network.rules.linear import scaled
 from opnorm.network.rules.registry import Builder, label, register_rule, unsupported
 from opnorm.network.rules.shape import broadcast
+from opnorm.network.rules.shifts import shifted
 
 
 @register_rule(*(f"aten.{name}{kind}" for name in ("add", "add_", "sub", "sub_") for kind in (".Tensor", ".Scalar")))
@@ -37,9 +38,13 @@ def _combined(node: Node, build: Builder, terms: list[tuple[float, Any]]) -> int
         varied = [(varied[0][0] + varied[1][0], varied[0][1])]
     positions = [broadcast(node, build, a) for _, a in varied]
     coefficients = tuple(c for c, _ in varied)
-    if coefficients == (1.0,):
-        return positions[0]
-    return build.add(Sum(tuple(positions), node.sample_shape, label(node), coefficients))
+    position = positions[0]
+    if coefficients != (1.0,):
+        position = build.add(Sum(tuple(positions), node.sample_shape, label(node), coefficients))
+    for coefficient, added in terms:
+        if not (isinstance(added, Ref) and added.name in build.at):
+            position = shifted(node, build, position, added, coefficient=coefficient)
+    return position
 
 
 @register_rule("aten.neg.default", "aten.neg_.default")

@@ -50,6 +50,8 @@ class NormBall:
 
 Region = Ball | Box | NormBall
 
+_SHOWN = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Around:
@@ -92,7 +94,7 @@ def around(region: Region, shape: tuple[int, ...]) -> Around:
     lo, hi = _sample(region.lo, shape, "lo"), _sample(region.hi, shape, "hi")
     if bool((lo > hi).any()):
         raise ArgumentError("the box is empty: lo is above hi somewhere")
-    center = (lo + hi) / 2
+    center = (lo / 2 + hi / 2).clamp(lo, hi)  # halves first: the sum may overflow
     spread = torch.maximum(hi - center, center - lo) * (1 + 4 * rounding.U) + 4 * rounding.U * center.abs()
     return Around(center, norm_up(spread), spread)
 
@@ -104,6 +106,23 @@ def norm_up(values: Tensor) -> float:
         return top
     root = float((values / top).norm()) * (1 + rounding.gamma(values.numel() + 12))
     return rounding.mul_up(top, root)
+
+
+def described(region: Region) -> str:
+    """Which inputs these are, in words."""
+    if isinstance(region, NormBall):
+        return f"inputs of norm at most {region.radius:g}"
+    if isinstance(region, Ball):
+        return f"inputs within {region.eps:g} of the centre that the certificate states ({_in_short(region.center)})"
+    ends = torch.stack([region.lo, region.hi])
+    return f"inputs in the box that the certificate states ({_in_short(ends[0])} to {_in_short(ends[1])})"
+
+
+def _in_short(sample: Tensor) -> str:
+    """A sample's first elements and its size."""
+    flat = sample.detach().reshape(-1)
+    shown = ", ".join(f"{v:.6g}" for v in flat[:_SHOWN].tolist())
+    return f"{shown}{', ...' if len(flat) > _SHOWN else ''}; shape {'x'.join(map(str, sample.shape))}"
 
 
 def _positive(radius: Any) -> float:
