@@ -104,17 +104,18 @@ def _different(batch: Tensor) -> Tensor:
 def _alike(first: Tensor, second: Tensor, room: float, near: Near) -> bool:
     if not first.is_floating_point():
         return first.is_complex() or bool(torch.equal(first, second))
-    return torch.allclose(first, second, rtol=near[0], atol=near[0] * _size(first) + room, equal_nan=True)
+    return torch.allclose(first, second, rtol=near[0], atol=near[0] * largest(first) + room, equal_nan=True)
 
 
 def _room(sources: Sequence[Any], near: Near) -> float:
     """What rounding may leave where terms of the sizes that an operation reads cancel."""
-    sizes = [_size(s) for s in sources if isinstance(s, Tensor) and s.is_floating_point()]
+    sizes = [largest(s) for s in sources if isinstance(s, Tensor) and s.is_floating_point()]
     return near[1] * max(math.prod(sizes), *sizes, 0.0)
 
 
-def _size(value: Tensor) -> float:
-    return float(value.abs().nan_to_num(0.0, 0.0, 0.0).max()) if value.numel() else 0.0
+def largest(value: Tensor) -> float:
+    """The largest finite magnitude of an entry; 0 where there is none."""
+    return float(value.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if value.numel() else 0.0
 
 
 def stored_of(program: torch.export.ExportedProgram) -> dict[str, Tensor]:

@@ -11,7 +11,15 @@ from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import tree_leaves
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError
-from opnorm.graph.apart import check_samples_apart, computed, is_shaped_like, operation_of, stored_names, stored_of
+from opnorm.graph.apart import (
+    check_samples_apart,
+    computed,
+    is_shaped_like,
+    largest,
+    operation_of,
+    stored_names,
+    stored_of,
+)
 from opnorm.graph.batch import MixedSamplesError, batch_place, varies_fastest
 from opnorm.graph.decompose import written_out
 from opnorm.graph.types import Graph, Node, Ref, Weight
@@ -344,7 +352,7 @@ class _Reader:
         for ours, theirs in zip(given, self.expected, strict=False):
             if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
                 continue
-            near = _NEAR * float(theirs.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if theirs.numel() else 0.0
+            near = _NEAR * largest(theirs)
             same = isinstance(ours, Tensor) and ours.shape == theirs.shape
             if not same or not torch.allclose(ours, theirs.to(ours.dtype), rtol=_NEAR, atol=near, equal_nan=True):
                 raise UnsupportedLayerError(
