@@ -1,8 +1,9 @@
 """The open table from module classes to rules, and the checks that a rule may be applied at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import singledispatch
 from typing import TypeVar
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -13,8 +14,10 @@ from opnorm.operators import LinearOperator
 
 Shape = tuple[int, ...]
 RuleT = TypeVar("RuleT", bound=Callable[..., LinearOperator])
+MethodT = TypeVar("MethodT", bound=Callable[..., object])
 
 _OVERRIDES = ("forward", "_conv_forward", "__call__")
+_SAME: "WeakSet[object]" = WeakSet()
 
 
 @singledispatch
@@ -86,6 +89,12 @@ def to_operator(module: nn.Module, input_shape: Shape | None = None) -> LinearOp
     return _rule(module, None if input_shape is None else tuple(int(n) for n in input_shape))
 
 
+def comes_to_the_same(method: MethodT) -> MethodT:
+    """Say of a method that it takes the place of a layer's own and computes the same, so that the rule still holds."""
+    _SAME.add(method)
+    return method
+
+
 def _check_unchanged(module: nn.Module) -> None:
     """Refuse a module that does something else than the class whose rule would be applied."""
     cls = type(module)
@@ -103,13 +112,13 @@ def _check_unchanged(module: nn.Module) -> None:
     if own is object:
         return
     for base in cls.__mro__[: cls.__mro__.index(own)]:
-        changed = next((method for method in _OVERRIDES if method in vars(base)), None)
+        changed = _changed(vars(base))
         if changed:
             raise UnsupportedLayerError(
                 f"{base.__name__} overrides {own.__name__}.{changed}, so the rule for {own.__name__} may be false "
                 f"for it; {way_out}"
             )
-    changed = next((method for method in _OVERRIDES if method in vars(module)), None)
+    changed = _changed(vars(module))
     if changed:
         raise UnsupportedLayerError(f"this {name} has its own {changed}, set on the instance; {way_out}")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -119,6 +128,10 @@ def _check_unchanged(module: nn.Module) -> None:
             f"this {name} has forward hooks ({', '.join(map(_hook_name, foreign))}), which may change what it "
             "computes; remove them while measuring, or measure its weight as a matrix"
         )
+
+
+def _changed(names: Mapping[str, object]) -> str | None:
+    return next((method for method in _OVERRIDES if method in names and names[method] not in _SAME), None)
 
 
 def _keeps_the_map(hook: object) -> bool:

@@ -13,6 +13,7 @@ from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.checks import Asked, checked_view
 from opnorm.parametrize.families import Norm, Shape, weights_of
+from opnorm.parametrize.forward import forward_directly
 from opnorm.parametrize.reading import read_directly
 from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards
 from opnorm.parametrize.spectral import Iterations, SpectralNormalization
@@ -105,6 +106,7 @@ def attach(module: nn.Module, name: str, asked: Asked, view: View) -> None:
     rule.train(module.training)
     parametrize.register_parametrization(module, name, rule, unsafe=True)
     read_directly(module, name)
+    forward_directly(module, name)
     setattr(type(module), PARALLELISED, ParallelizeFirst(label))  # a class of this layer's own, by torch
     chain = chain_of(module, name)
     follow_shards(chain.original, chain, "original")
@@ -185,7 +187,7 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
     chains = cast(nn.ModuleDict, module.parametrizations)
     del chains[name]
     if len(chains):
-        dropped = {name, "__dict__", "__weakref__"}
+        dropped = {name, "__dict__", "__weakref__"} | ({"forward"} if name == "weight" else set())
         if all(rule_of(module, other) is None for other in chains):
             dropped.add(PARALLELISED)
         kept = {key: value for key, value in vars(cls).items() if key not in dropped}

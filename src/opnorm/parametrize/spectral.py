@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import CodeType
 from typing import Literal, Protocol
 
 import torch
@@ -54,9 +53,10 @@ def _no_transforms() -> AbstractContextManager[object]:
 
 
 class Handed(Protocol):
-    """A deployed weight that one piece of code reads without asking; `None` for no code."""
+    """A deployed weight that is used without asking."""
 
-    reader: CodeType | None
+    def over(self) -> None:
+        """Let nobody use it again."""
 
 
 class SpectralNormalization(nn.Module):
@@ -72,7 +72,7 @@ class SpectralNormalization(nn.Module):
         mode: "divide", or "clip": divide only what is larger than K.
         iterations: of the estimate, for each new value.
         label: the layer and the weight, for messages.
-        ready: the deployed weight as `reading` hands it out; None after every switch between training and evaluation.
+        ready: the deployed weight as `forward` hands it out; None after every switch between training and evaluation.
         order: the parameters of the layer before it was normalised, for putting them back in their places.
         scale: with `learn_scale`, the parameter theta of the scale `K sigmoid(theta)`.
     """
@@ -411,7 +411,7 @@ class SpectralNormalization(nn.Module):
     def hand_out(self, ready: Handed | None) -> None:
         """Keep what is handed out without asking again; what was before it is over."""
         if self.ready is not None:
-            self.ready.reader = None
+            self.ready.over()
         self.ready = ready
 
     def reset_parameters(self) -> None:

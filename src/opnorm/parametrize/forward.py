@@ -1,0 +1,159 @@
+"""A forward of the layer's own class that meets the deployed weight at once.
+
+`torch.nn.Module.__getattr__` and torch's parametrization cost more than all that has to be looked at before a deployed
+weight is used again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.utils.parametrize import is_parametrized
+
+from opnorm.layers.registry import comes_to_the_same
+from opnorm.parametrize.chains import chain_of
+from opnorm.parametrize.spectral import SpectralNormalization
+from opnorm.parametrize.watched import Record, Watched
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_FEW = 3
+"""Entries that are looked at although writes are noticed: what NumPy and compiled fused steps write is not."""
+
+
+@dataclass(slots=True, eq=False)
+class Ready:
+    """A deployed weight, and all there is to look at before it is used again.
+
+    Between two products the processor forgets everything else, so each place that is looked up costs more than many
+    comparisons: there are few, and they lie together.
+    """
+
+    version: int
+    raw: Watched
+    place: int
+    record: Record
+    token: object
+    lent: int
+    held: dict[str, Any]
+    rules: dict[str, Any]
+    parameters: dict[str, Any]
+    picked: memoryview
+    sample: list[int]
+    value: Tensor
+    bias: Tensor | None
+    layer: "ref[nn.Module]"
+
+    def over(self) -> None:
+        """Let nobody use it again."""
+        self.version = -1  # no tensor has it
+
+
+def forward_directly(module: nn.Module, name: str) -> None:
+    """Replace the forward of the layer's own class, which its copies share, by one that comes to the same.
+
+    Only where the layer's forward is torch's and hands the weight and the bias to one operation.
+    """
+    cls: Any = type(module)
+    plain: Callable[[nn.Module, Tensor], Tensor] = cls.forward
+    known: dict[int, Ready] = {}
+
+    def linear(self: nn.Linear, input: Tensor) -> Tensor:
+        ready = _usable(self, known)
+        return plain(self, input) if ready is None else F.linear(input, ready.value, ready.bias)
+
+    def convolution(self: nn.Conv2d, input: Tensor) -> Tensor:
+        ready = _usable(self, known)
+        return plain(self, input) if ready is None else self._conv_forward(input, ready.value, ready.bias)
+
+    methods = plain, getattr(cls, "_conv_forward", None)
+    if name == "weight" and plain is nn.Linear.forward:
+        cls.forward = comes_to_the_same(linear)
+    elif name == "weight" and methods in [(conv.forward, conv._conv_forward) for conv in _CONVOLUTIONS]:
+        cls.forward = comes_to_the_same(convolution)
+
+
+def _usable(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
+    """The deployed weight, if the raw weight is the one that was deployed and nobody asks for its gradient.
+
+    One function, as each call costs what several comparisons cost.
+    """
+    if is_dynamo_compiling() or torch._C._is_tracing():
+        return None
+    ready = known.get(id(layer))
+    if ready is None:
+        return _ready(layer, known)
+    raw, record = ready.raw, ready.record
+    if (
+        ready.version == raw._version
+        and ready.place == raw.data_ptr()
+        and ready.token is record.token
+        and (record.lent is None or ready.lent == record.lent._version)
+        and ready.held.get("original") is raw
+        and len(ready.rules) == 1  # no other parametrization has come
+        and ready.parameters.get("bias", raw) is ready.bias
+        and "weight" not in ready.parameters  # it is still parametrized
+        and ready.sample == ready.picked.tolist()
+        and not (raw.requires_grad and is_grad_enabled())
+    ):
+        return ready
+    return _ready(layer, known)
+
+
+def _ready(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
+    """The deployed weight, where it may be handed out without asking again; None where reading it does more."""
+    if not is_parametrized(layer, "weight"):
+        return None
+    chain: Any = chain_of(layer, "weight")
+    rule, raw = chain._modules["0"], chain._parameters.get("original")
+    if type(raw) is not Watched or type(rule) is not SpectralNormalization or len(chain._modules) > 1:
+        return None
+    if rule.training or rule.scale is not None or (raw.requires_grad and is_grad_enabled()):
+        return None
+    value = rule.deployed(raw)
+    picked = _sampled(raw)
+    if (
+        type(raw) is not Watched or picked is None or "bias" not in layer._parameters
+    ):  # by now it may be an ordinary one
+        return None
+    record, place = raw._record, id(layer)
+    ready = known[place] = Ready(
+        raw._version,
+        raw,
+        raw.data_ptr(),
+        record,
+        record.token,
+        0 if record.lent is None else record.lent._version,
+        chain._parameters,
+        chain._modules,
+        layer._parameters,
+        picked,
+        picked.tolist(),
+        value,
+        layer._parameters["bias"],
+        ref(layer, lambda _: known.pop(place, None)),  # another layer may come to lie there
+    )
+    rule.hand_out(ready)
+    return ready
+
+
+def _sampled(raw: Tensor) -> memoryview | None:
+    """A view of the bits of a few entries, None where the weight leaves gaps in memory.
+
+    Of all that can read three numbers here, a memory view touches the least.
+    """
+    order = sorted(range(raw.ndim), key=raw.stride, reverse=True)
+    flat = raw.detach().permute(order).reshape(-1)
+    if flat.data_ptr() != raw.data_ptr() or flat.is_conj():
+        return None
+    bits = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+    step = max(1, len(bits) // _FEW)
+    every: Any = bits.view(_BITS[bits.element_size()]).numpy()
+    return memoryview(every)[step // 2 :: step]
