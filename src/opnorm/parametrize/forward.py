@@ -118,10 +118,8 @@ def _ready(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
     if rule.training or rule.scale is not None or (raw.requires_grad and is_grad_enabled()):
         return None
     value = rule.deployed(raw)
-    picked = _sampled(raw)
-    if (
-        type(raw) is not Watched or picked is None or "bias" not in layer._parameters
-    ):  # by now it may be an ordinary one
+    picked = _sampled(raw) if type(raw) is Watched else None  # by now it may be an ordinary one
+    if picked is None or "bias" not in layer._parameters:
         return None
     record, place = raw._record, id(layer)
     ready = known[place] = Ready(
