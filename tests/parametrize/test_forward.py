@@ -107,6 +107,16 @@ def test_a_subclass_keeps_its_own():
             clipping(torch.randn(2, 3, 8, 8))
 
 
+def test_a_transposed_convolution_takes_the_output_size():
+    layer, x = (
+        opnorm.spectral_norm(nn.ConvTranspose1d(3, 4, 3, stride=2)).eval().requires_grad_(False),
+        torch.ones(3, 5),
+    )
+    plain, x = opnorm.fold(layer), torch.ones(3, 5)
+    for size in ([11], [12], [11]):
+        assert torch.equal(layer(x, output_size=size), plain(x, size))
+
+
 def test_removal_leaves_the_layers_own_forward():
     layer = opnorm.spectral_norm(nn.Linear(6, 5)).eval().requires_grad_(False)
     x = torch.randn(2, 6)

@@ -22,6 +22,12 @@ from opnorm.parametrize.watched import Record, Watched
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+_TRANSPOSED: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    nn.ConvTranspose1d.forward: F.conv_transpose1d,
+    nn.ConvTranspose2d.forward: F.conv_transpose2d,
+    nn.ConvTranspose3d.forward: F.conv_transpose3d,
+}
+
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _FEW = 3
@@ -62,7 +68,8 @@ def forward_directly(module: nn.Module, name: str) -> None:
     Only where the layer's forward is torch's and hands the weight and the bias to one operation.
     """
     cls: Any = type(module)
-    plain: Callable[[nn.Module, Tensor], Tensor] = cls.forward
+    plain: Callable[..., Tensor] = cls.forward
+    operation: Any = _TRANSPOSED.get(plain)
     known: dict[int, Ready] = {}
 
     def linear(self: nn.Linear, input: Tensor) -> Tensor:
@@ -73,11 +80,25 @@ def forward_directly(module: nn.Module, name: str) -> None:
         ready = _usable(self, known)
         return plain(self, input) if ready is None else self._conv_forward(input, ready.value, ready.bias)
 
+    def transposed(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        ready = _usable(self, known)
+        if ready is None:
+            return plain(self, input, output_size)
+        added = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        settings = self.stride, self.padding, added, self.groups, self.dilation
+        return operation(input, ready.value, ready.bias, *settings)
+
     methods = plain, getattr(cls, "_conv_forward", None)
-    if name == "weight" and plain is nn.Linear.forward:
+    if name != "weight":
+        return
+    if plain is nn.Linear.forward:
         cls.forward = comes_to_the_same(linear)
-    elif name == "weight" and methods in [(conv.forward, conv._conv_forward) for conv in _CONVOLUTIONS]:
+    elif methods in [(conv.forward, conv._conv_forward) for conv in _CONVOLUTIONS]:
         cls.forward = comes_to_the_same(convolution)
+    elif operation is not None:
+        cls.forward = comes_to_the_same(transposed)
 
 
 def _usable(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
