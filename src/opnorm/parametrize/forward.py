@@ -88,7 +88,8 @@ def forward_directly(module: nn.Module, name: str) -> None:
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         settings = self.stride, self.padding, added, self.groups, self.dilation
-        return operation(input, ready.value, ready.bias, *settings)
+        result: Tensor = operation(input, ready.value, ready.bias, *settings)
+        return result
 
     methods = plain, getattr(cls, "_conv_forward", None)
     if name != "weight":
