@@ -144,19 +144,19 @@ def test_gradients_of_gradients():
                 raw.add_(sign * step * probe)
             # The direction is held, as in every implementation; sigma moves with the weight.
             gain = triple.left * (rule.view.matrices(raw.detach()) @ triple.right)
-            rule._triple, rule._key = triple._replace(sigma=gain.sum((1, 2))), _key(rule, raw)
+            _set(rule, raw, triple._replace(sigma=gain.sum((1, 2))))
             values.append(float(penalty().detach()))
             with torch.no_grad():
                 raw.sub_(sign * step * probe)
-        rule._triple, rule._key = triple, _key(rule, raw)
+        _set(rule, raw, triple)
         slope = float((raw.grad * probe).sum())
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-7)
 
 
-def _key(rule, raw):
+def _set(rule, raw, triple):
     from opnorm.parametrize import values
 
-    return values.Sampler().key(raw, rule._epoch)
+    rule._estimate = rule._estimate._replace(triple=triple, key=values.Sampler().key(raw, rule._epoch))
 
 
 def discriminator(wrap, width=16):
