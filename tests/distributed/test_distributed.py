@@ -54,7 +54,7 @@ def compare(model, owner):
         train(reference.train(), reference.parameters())
         train(model.train(), owner.parameters())
         torch.testing.assert_close(whole(model(X)), reference(X))
-        scales = torch.cat([owner[i].parametrizations.weight[0]._triple.sigma for i in (0, 2)])
+        scales = torch.cat([owner[i].parametrizations.weight[0]._estimate.triple.sigma for i in (0, 2)])
         found = [torch.empty_like(scales) for _ in range(dist.get_world_size())]
         dist.all_gather(found, scales)
         assert all(torch.equal(other, scales) for other in found)

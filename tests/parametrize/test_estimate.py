@@ -144,19 +144,38 @@ def test_gradients_of_gradients():
                 raw.add_(sign * step * probe)
             # The direction is held, as in every implementation; sigma moves with the weight.
             gain = triple.left * (rule.view.matrices(raw.detach()) @ triple.right)
-            rule._triple, rule._key = triple._replace(sigma=gain.sum((1, 2))), _key(rule, raw)
+            _set(rule, raw, triple._replace(sigma=gain.sum((1, 2))))
             values.append(float(penalty().detach()))
             with torch.no_grad():
                 raw.sub_(sign * step * probe)
-        rule._triple, rule._key = triple, _key(rule, raw)
+        _set(rule, raw, triple)
         slope = float((raw.grad * probe).sum())
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-7)
 
 
-def _key(rule, raw):
+def _set(rule, raw, triple):
     from opnorm.parametrize import values
 
-    return values.Sampler().key(raw, rule._epoch)
+    rule._estimate = rule._estimate._replace(triple=triple, key=values.Sampler().key(raw, rule._epoch))
+
+
+def test_an_older_copy_goes_on_where_it_was():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(40, 30))
+    for _ in range(3):
+        with torch.no_grad():
+            layer.parametrizations.weight.original.add_(1e-2)
+        layer(torch.randn(2, 40))
+    raw, rule = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
+    value = rule.deployed(raw)
+    state = rule.__getstate__()
+    older = {key: part for key, part in state.items() if key != "_estimate"}
+    older |= {f"_{name}": part for name, part in rule._estimate._asdict().items()}
+    older["_stored"] = tuple(rule._stored)
+    copied = type(rule).__new__(type(rule))
+    copied.__setstate__(older)
+    assert copied._estimate == rule._estimate and copied._estimate.age == 3
+    assert copied.deployed(raw) is value and copied.triple(raw) is rule.triple(raw)
 
 
 def discriminator(wrap, width=16):

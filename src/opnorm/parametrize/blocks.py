@@ -16,7 +16,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class Block(NamedTuple):
-    """Right vectors, the best first; for convolutions also where they live, and scouts (see `frequencies`)."""
+    """Right vectors, the best first; for convolutions also where they live, and the `scouts`."""
 
     y: Tensor  # shape: (blocks, columns * residues, width), complex where the map varies with the frequency
     omega: Tensor  # shape: (blocks, axes)

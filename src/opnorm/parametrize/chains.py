@@ -21,6 +21,11 @@ def rule_of(module: nn.Module, name: str = "weight") -> SpectralNormalization | 
     return next((rule for rule in chain_of(module, name) if isinstance(rule, SpectralNormalization)), None)
 
 
+def is_stored(module: nn.Module, name: str) -> bool:
+    """Whether a weight is a tensor of the module; if not, a parametrization, weight norm or pruning computes it."""
+    return name in module._parameters or name in module._buffers
+
+
 def normalised(model: nn.Module) -> list[tuple[str, nn.Module, str, SpectralNormalization]]:
     """Return every weight that opnorm normalises: its module's path, the module, its name and the rule."""
     return [

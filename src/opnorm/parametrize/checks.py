@@ -14,10 +14,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from opnorm.errors import ArgumentError, InputShapeError, OpnormError, WeightError
 from opnorm.norms.casting import Mode
-from opnorm.parametrize.chains import chain_of, rule_of
+from opnorm.parametrize.chains import chain_of, is_stored, rule_of
+from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape, view_of
 from opnorm.parametrize.sharding import local
-from opnorm.parametrize.spectral import Iterations
 from opnorm.parametrize.views import View
 
 
@@ -94,7 +94,7 @@ def _check_place(module: nn.Module, name: str, label: str) -> None:
                 f"{label} is stored in several parts, by {kinds}; call "
                 f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first"
             )
-    elif isinstance(getattr(module, name, None), Tensor) and name not in {*module._parameters, *module._buffers}:
+    elif isinstance(getattr(module, name, None), Tensor) and not is_stored(module, name):
         parts = ", ".join(other for other in {**module._parameters, **module._buffers} if other.startswith(f"{name}_"))
         raise ArgumentError(
             f"{label} is no parameter but computed from others ({parts or 'unknown'}), as by weight norm or pruning; "

@@ -7,23 +7,23 @@ as a graph cannot hold the object itself.
 import threading
 from contextlib import AbstractContextManager
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from opnorm.errors import OpnormError
+from opnorm.errors import ArgumentError, OpnormError
+from opnorm.parametrize.blocks import Triple
+from opnorm.parametrize.divided import divided_anywhere, division
+from opnorm.parametrize.rule import Rule
 from opnorm.parametrize.values import compute_dtype
 
-if TYPE_CHECKING:
-    from opnorm.parametrize.spectral import SpectralNormalization
-
-_owners: "WeakValueDictionary[int, SpectralNormalization]" = WeakValueDictionary()
+_owners: "WeakValueDictionary[int, Rule]" = WeakValueDictionary()
 _numbers = count()
 
 
-def enrol(owner: "SpectralNormalization") -> int:
+def enrol(owner: Rule) -> int:
     """Return a number by which compiled graphs of this process find a parametrization."""
     number = next(_numbers)
     _owners[number] = owner
@@ -56,7 +56,7 @@ def ordinary_dispatch() -> AbstractContextManager[None]:
 _ORDINARY = _ordinary_keys()
 
 
-def _owner(number: int) -> "SpectralNormalization":
+def _owner(number: int) -> Rule:
     try:
         return _owners[number]
     except KeyError:
@@ -102,3 +102,27 @@ def deployed(weight: Tensor, number: int, scale: Tensor | None) -> Tensor:
 @deployed.register_fake
 def _(weight: Tensor, number: int, scale: Tensor | None) -> Tensor:
     return torch.empty_like(weight)
+
+
+def value(rule: Rule, weight: Tensor, number: int) -> Tensor:
+    """Return what `layer.weight` is in a graph: the normalised weight, out of the operations above.
+
+    Raises:
+        ArgumentError: while a model is exported, whose graph would need this process.
+    """
+    if torch.compiler.is_exporting():
+        raise ArgumentError(not_exported(rule))
+    scale = rule.bound()
+    stored: Tensor | None = None
+    if not rule.training:
+        stored = deployed(weight.detach(), number, None if scale is None else scale.detach())
+        if stored is not None and not (torch.is_grad_enabled() and weight.requires_grad):
+            return stored
+    sigma, left, right = triple(weight.detach(), number)
+    found = Triple(sigma, left, None if rule.view.sampled else right)
+    return divided_anywhere(weight, division(rule, found), scale, stored)
+
+
+def not_exported(rule: Rule) -> str:
+    """Why a graph that leaves this process is refused."""
+    return f"{rule.label} is normalised: export or trace opnorm.fold(model), whose weights are plain and proved"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from opnorm.parametrize.blocks import Triple
+from opnorm.parametrize.divided import Division
 from opnorm.parametrize.division import (
     coefficient,
     composed,
@@ -15,7 +15,6 @@ from opnorm.parametrize.division import (
     shared,
     subtract_direction_,
 )
-from opnorm.parametrize.views import View
 
 FUNCTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
@@ -27,15 +26,6 @@ class Geometry(NamedTuple):
     padding: list[int]
     dilation: list[int]
     groups: int
-
-
-class Division(NamedTuple):
-    """By what a weight is divided, and how it is read as matrices."""
-
-    view: View
-    triple: Triple
-    lipschitz: float
-    clip: bool
 
 
 def geometry(dims: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Geometry | None:

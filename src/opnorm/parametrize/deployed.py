@@ -1,6 +1,7 @@
 """The weight that is deployed: divided by a proved upper bound, and still within it after rounding to its dtype."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +11,53 @@ from opnorm.errors import WeightError
 from opnorm.norms import measure
 from opnorm.norms.casting import Mode, scale_to_bound
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
+from opnorm.parametrize import on_device, sharding, values
 from opnorm.parametrize.views import View, with_weight
+from opnorm.parametrize.watched import counted
 
 DENSE_RTOL = 1e-6
 CONV_RTOL = 1e-3
 SIZE_FREE_RTOL = 1e-4
 """What training and evaluation differ by at least where the bound is for every input size."""
+
+
+class Deployed(NamedTuple):
+    """A deployed weight, and what tells whether it is still that of the raw one."""
+
+    key: values.Key
+    bits: tuple[int, ...]
+    lipschitz: float
+    value: Tensor
+
+
+def up_to_date(
+    view: View,
+    weight: Tensor,
+    lipschitz: float,
+    mode: Mode,
+    label: str,
+    *,
+    key: values.Key,
+    before: Deployed | None,
+    verify: bool,
+) -> Deployed:
+    """Return the deployed weight: `before` itself where nobody wrote to the raw one, otherwise a new one.
+
+    With `verify`, or where writes may go unnoticed, every bit of the raw weight is compared.
+
+    Raises:
+        WeightError: if the weight holds NaN or infinite values.
+    """
+    if before is not None and before.lipschitz == lipschitz:
+        if not sharding.agreed(weight, verify or not key.watched or key != before.key):
+            return before
+        same = before.value.device == weight.device and values.fingerprint(weight) == before.bits
+        if not sharding.agreed(weight, not same):
+            return before._replace(key=key)
+    with counted(), torch.no_grad(), on_device.without_autocast(weight), on_device.outside_transforms():
+        whole = deploy(view, sharding.gathered(weight), lipschitz, mode, label)
+        value = sharding.as_before(whole, weight)
+    return Deployed(key, values.fingerprint(weight), lipschitz, value)
 
 
 def deploy(view: View, weight: Tensor, lipschitz: float, mode: Mode, label: str) -> Tensor:

@@ -3,7 +3,7 @@
 It lets `F.linear` skip the division, and writes such as `torch.nn.init.normal_(layer.weight)` reach the raw weight.
 """
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from opnorm.errors import ArgumentError
 from opnorm.parametrize.convolved import FUNCTIONS, geometry
-
-if TYPE_CHECKING:
-    from opnorm.parametrize.spectral import SpectralNormalization
+from opnorm.parametrize.direct import convolution, linear
+from opnorm.parametrize.rule import Rule
 
 _DESCRIBE = frozenset(
     {
@@ -49,7 +48,7 @@ _VIEWS = frozenset({"view", "view_as", "reshape", "flatten", "t", "transpose", "
 class NormalizedWeight(Tensor):
     """A tensor without storage; reading it computes the normalised weight, overwriting it writes the raw weight."""
 
-    _owner: "SpectralNormalization"
+    _owner: Rule
     _raw: Tensor
     _root: "NormalizedWeight"
     _path: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
@@ -58,9 +57,7 @@ class NormalizedWeight(Tensor):
     _written: bool
 
     @staticmethod
-    def __new__(
-        cls, owner: "SpectralNormalization", raw: Tensor, root: "NormalizedWeight | None" = None
-    ) -> "NormalizedWeight":
+    def __new__(cls, owner: Rule, raw: Tensor, root: "NormalizedWeight | None" = None) -> "NormalizedWeight":
         """Wrap the raw weight of a parametrization, or a view of it."""
         grad = raw.requires_grad and torch.is_grad_enabled()
         self: NormalizedWeight = torch.Tensor._make_wrapper_subclass(
@@ -110,7 +107,8 @@ class NormalizedWeight(Tensor):
         kwargs = kwargs or {}
         if func in _DIRECT and len(args) > 1 and isinstance(args[1], NormalizedWeight):
             weight = args[1]
-            fast = _direct(func, args, kwargs) if weight._owner.training and weight is weight._root else None
+            unread = weight._owner.training and weight is weight._root and weight._value is None
+            fast = _direct(func, args, kwargs) if unread else None
             return func(args[0], weight.materialised(), *args[2:], **kwargs) if fast is None else fast
         if func in _DESCRIBE:
             with torch._C.DisableTorchFunctionSubclass():
@@ -159,10 +157,10 @@ def _direct(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
     x, weight, *rest = args
     bias = rest.pop(0) if rest else kwargs.get("bias")
     if func is F.linear:
-        return cast("Tensor | None", weight._owner.linear(x, weight, bias))
+        return linear(weight._owner, x, weight._raw, bias)
     named = {name: value for name, value in kwargs.items() if name != "bias"}
     shape = geometry(FUNCTIONS[func], *rest, **named)
-    return cast("Tensor | None", weight._owner.convolved(x, weight, bias, shape))
+    return convolution(weight._owner, x, weight._raw, bias, shape)
 
 
 def _plain(values: tuple[Any, ...]) -> tuple[Any, ...]:

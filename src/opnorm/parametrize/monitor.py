@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from opnorm.parametrize import on_device
 from opnorm.parametrize.blocks import multiply
+from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape
 from opnorm.parametrize.sharding import gathered
-from opnorm.parametrize.spectral import Iterations, SpectralNormalization
+from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.tracked import current, track
 
 

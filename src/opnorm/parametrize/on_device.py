@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 TensorsT = TypeVar("TensorsT", bound="tuple[Tensor | None, ...]")
 
@@ -26,6 +27,11 @@ def autocasting(tensor: Tensor) -> bool:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtypes of the tensors."""
     return torch.autocast(tensor.device.type, enabled=False) if autocasting(tensor) else nullcontext()
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Compute outside the transforms of torch.func, which would wrap what is found, if there are any."""
+    return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else nullcontext()
 
 
 def chosen(finite: Tensor, new: TensorsT, old: TensorsT) -> TensorsT:

@@ -8,12 +8,12 @@ from torch import nn
 from opnorm.errors import ArgumentError, WeightError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize import on_device
-from opnorm.parametrize.chains import rule_of
+from opnorm.parametrize.chains import is_stored, rule_of
 from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import divisor
+from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape
 from opnorm.parametrize.sharding import as_before, gathered, is_sharded, replicated
-from opnorm.parametrize.spectral import Iterations
 from opnorm.parametrize.tracked import track
 
 
@@ -66,7 +66,7 @@ class Projector:
         for label, (module, name, _) in list(self._tracked.items()):
             if rule_of(module, name) is not None:
                 raise ArgumentError(f"{label} is normalised by opnorm.spectral_norm; a projector is for plain weights")
-            if name not in {*module._parameters, *module._buffers}:
+            if not is_stored(module, name):
                 raise ArgumentError(
                     f"{label} is computed from other tensors, by a parametrization, weight norm or pruning, and what "
                     f"is written to it would be lost; take that off first, or skip={[label.rpartition('.')[0]]}"

@@ -12,11 +12,12 @@ from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.checks import Asked, checked_view
+from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape, weights_of
 from opnorm.parametrize.forward import forward_directly
 from opnorm.parametrize.reading import read_directly
 from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards
-from opnorm.parametrize.spectral import Iterations, SpectralNormalization
+from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.states import adopt_state
 from opnorm.parametrize.views import View
 from opnorm.parametrize.watched import unwatch, watch

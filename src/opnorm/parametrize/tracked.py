@@ -10,8 +10,9 @@ from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.checks import Asked, check_options, located
 from opnorm.parametrize.division import divisor
+from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
-from opnorm.parametrize.spectral import Iterations, SpectralNormalization
+from opnorm.parametrize.spectral import SpectralNormalization
 
 Tracked = dict[str, tuple[nn.Module, str, SpectralNormalization]]
 

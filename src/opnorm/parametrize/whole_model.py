@@ -15,10 +15,10 @@ from opnorm.parametrize.batchnorm import fold_batch_norms
 from opnorm.parametrize.chains import normalised, rule_of
 from opnorm.parametrize.checks import Asked, check_options, checked_view, located
 from opnorm.parametrize.covered import undoing
+from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, Shape, weights_of
 from opnorm.parametrize.flow import run_once, sequence
 from opnorm.parametrize.register import attach
-from opnorm.parametrize.spectral import Iterations
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

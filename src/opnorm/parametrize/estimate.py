@@ -1,0 +1,190 @@
+"""The estimate of a weight's norm while it trains: from each value of the weight to the next.
+
+What changes from value to value is an `Estimate`, and the vectors, which live in the buffers of the parametrization.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import count
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opnorm.parametrize import blocks, frequencies, on_device, sampled, scouts, sharding, values
+from opnorm.parametrize.blocks import Block, Triple
+from opnorm.parametrize.buffers import held
+from opnorm.parametrize.views import View
+from opnorm.parametrize.watched import counted
+
+Iterations = int | Literal["adaptive"]
+
+WIDTH = 4
+"""Vectors in a block; a matrix with no more than `SMALL` rows or columns is held in full."""
+
+SMALL = 16
+
+SCOUT_WIDTH, ADAPTIVE_SCOUT_WIDTH = 2, 3
+"""Vectors at every other frequency of a convolution: the second is there when it overtakes the first."""
+
+NEW, YOUNG = 20, 100
+"""Values of a weight, from registration or a fresh start, in which the estimate is made with more care: the first steps
+of Adam add a large new direction, which one power iteration a step meets ten steps late."""
+
+DEPTH = 2
+"""Of the Krylov space for a new weight and in adaptive mode; afterwards it is one."""
+
+WHOLE_EVERY, CONV_WHOLE_EVERY = 2, 6
+"""Later, vectors other than the first, scouts and the frequency move at some values only."""
+
+ADAPTIVE_TOLERANCE = 5e-5
+ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
+
+
+class Estimate(NamedTuple):
+    """What is known of a weight besides the vectors.
+
+    Attributes:
+        key: of the value that the triple is of; None where the next value starts afresh.
+        triple: the last good one; None before the first.
+        age: values since registration or a fresh start.
+        turn: steps so far, which take turns with what moves at some values only.
+    """
+
+    key: values.Key | None = None
+    triple: Triple | None = None
+    age: int = 0
+    turn: int = 0
+
+
+class Method(NamedTuple):
+    """What does not change: how the weight is read, and how many iterations each value gets."""
+
+    view: View
+    iterations: Iterations
+
+
+def known(weight: Tensor, key: values.Key, before: Estimate) -> Triple | None:
+    """Return the triple, if it is of this value of the weight for all processes that share it."""
+    unchanged = before.key is not None and values.same(before.key, key)
+    return None if before.triple is None or sharding.agreed(weight, not unchanged) else before.triple
+
+
+def refreshed(
+    method: Method, weight: Tensor, key: values.Key, before: Estimate, buffers: Mapping[str, Tensor | None]
+) -> tuple[Estimate, Block | None]:
+    """Return the estimate of a new value of the weight, and the vectors for the buffers.
+
+    Nothing is learned from a broken weight: the triple stays as it was, without vectors to store, and the next value
+    starts afresh.
+    """
+    dtype = values.compute_dtype(weight)
+    elsewhere = before.triple is not None and before.triple.sigma.device != weight.device
+    lost = before.triple is None or before.key is None or elsewhere or values.far(before.key, key)
+    afresh = sharding.agreed(weight, lost)
+    age, turns = 0 if afresh else before.age, count(before.turn + 1)
+    broken = False
+    try:
+        with counted(), torch.no_grad(), on_device.without_autocast(weight), on_device.outside_transforms():
+            raw = weight.detach().to(dtype)
+            if afresh:
+                block, triple = _converged(method, raw)
+            else:
+                age += method.iterations != "adaptive"
+                block, triple = _advanced(method, raw, held(method.view, buffers, dtype), age, turns)
+            triple = _joined(method.view, triple)
+            if afresh or before.triple is None or not on_device.host_waits(raw):
+                broken = not all(map(math.isfinite, triple.sigma.tolist()))
+            else:
+                finite = torch.isfinite(triple.sigma).all()
+                block = on_device.chosen(finite, block, held(method.view, buffers, dtype))
+                triple = on_device.chosen(finite, triple, before.triple)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        broken = True
+    turn = next(turns) - 1
+    if broken:
+        return Estimate(None, before.triple, age, turn), None
+    return Estimate(key, triple, age, turn), block
+
+
+def once_more(
+    method: Method, weight: Tensor, before: Estimate, buffers: Mapping[str, Tensor | None]
+) -> tuple[Estimate, Triple]:
+    """Return the triple after one more step, whose vectors are nowhere stored, and the estimate that takes the turn."""
+    dtype, turns = values.compute_dtype(weight), count(before.turn + 1)
+    with torch.no_grad():
+        _, triple = _step(method, weight.detach().to(dtype), held(method.view, buffers, dtype), before.age, turns)
+    return before._replace(turn=next(turns) - 1), _joined(method.view, triple)
+
+
+def _converged(method: Method, raw: Tensor) -> tuple[Block, Triple]:
+    tame, exponent = values.tamed(raw)
+    block, triple = _begun(method, tame)
+    if exponent:
+        triple = triple._replace(sigma=torch.ldexp(triple.sigma, torch.tensor(exponent)))
+    return block, triple
+
+
+def _begun(method: Method, raw: Tensor) -> tuple[Block, Triple]:
+    view, iterations = method
+    if view.sampled:
+        return blocks.iterate(
+            lambda block: sampled.step(view, raw, block, DEPTH),
+            sampled.start(view, raw, WIDTH),
+            tolerance=ADAPTIVE_TOLERANCE,
+            most=100,
+            least=8,
+        )
+    matrices = view.matrices(raw)
+    if view.frequencies:
+        scouts_held = ADAPTIVE_SCOUT_WIDTH if iterations == "adaptive" else SCOUT_WIDTH
+        return frequencies.converge(view, matrices, WIDTH, scouts_held)
+    return blocks.converge(matrices, SMALL if min(matrices.shape[1:]) <= SMALL else WIDTH)
+
+
+def _advanced(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[int]) -> tuple[Block, Triple]:
+    if method.view.frequencies:
+        block = scouts.home(method.view, block)
+    if method.iterations == "adaptive":
+        # Whether it has settled is a decision of the host.
+        least = ADAPTIVE_MOST if on_device.host_waits(raw) else ADAPTIVE_LEAST
+        return blocks.iterate(
+            lambda block: _step(method, raw, block, age, turns),
+            block,
+            tolerance=ADAPTIVE_TOLERANCE,
+            most=ADAPTIVE_MOST,
+            least=least,
+        )
+    # A count on the host, which no graph sees: nothing waits for it, and nothing compiles anew.
+    for _ in range(method.iterations):
+        block, triple = _step(method, raw, block, age, turns)
+    return block, triple
+
+
+def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[int]) -> tuple[Block, Triple]:
+    """Advance the vectors once; an old weight takes the next of the turns, in most of which little is moved."""
+    view, adaptive, old = method.view, method.iterations == "adaptive", age > YOUNG
+    if view.sampled:
+        return sampled.step(view, raw, block, 1 if old else DEPTH)
+    matrices = view.matrices(raw)
+    if adaptive and view.frequencies:
+        return frequencies.sweep(view, matrices, block, DEPTH)
+    turn = next(turns)
+    every = CONV_WHOLE_EVERY if view.frequencies else WHOLE_EVERY
+    turn, rest = divmod(turn, every) if old else (turn, 0)
+    depth = DEPTH if adaptive or age <= NEW else 1
+    if not view.frequencies:
+        return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, depth)
+    if rest:
+        return frequencies.follow(view, matrices, block)
+    block = scouts.scouted(view, matrices, block, turn, depth)
+    return frequencies.step(view, matrices, block, depth)
+
+
+def _joined(view: View, triple: Triple) -> Triple:
+    """Where the norm is the largest of the blocks', only the largest block's triple counts."""
+    if not view.joint or view.blocks == 1 or view.sampled:
+        return triple
+    top = triple.sigma.argmax()
+    which = (torch.arange(view.blocks, device=top.device) == top).to(triple.left.dtype)
+    return Triple(triple.sigma.amax().expand(1), triple.left * which[:, None, None], triple.right)

@@ -1,0 +1,95 @@
+"""Where the frequencies of a convolution are looked at: constants of its geometry."""
+
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opnorm.parametrize.views import View
+
+_SCALES = (0.5, 0.2, 0.08, 0.03, 0.012, 0.005, 0.002, 0.0008, 0.0003, 0.0001, 0.00003)
+"""Steps of the search for a frequency, in units of the grid; the last decides the precision of the gradient."""
+
+Points = tuple[tuple[float, ...], ...]
+
+
+class Moves(NamedTuple):
+    """Differences of frequencies."""
+
+    by: Tensor  # shape: (moves, axes)
+    phases: Tensor  # shape: (moves, taps)
+
+
+class Tables(NamedTuple):
+    """What depends on the geometry alone."""
+
+    positions: Tensor  # shape: (taps, axes)
+    residues: Tensor  # shape: (taps,)
+    classes: int  # how many residues there are
+    pairs: Tensor  # shape: (taps, taps): whether two taps share a residue
+    grid: Tensor  # shape: (scouts, axes): where the scouts live
+    moves: Moves  # where the tracked frequency may go from where it is
+    nearby: Moves  # where a scout may go
+    reach: Tensor  # shape: (axes,): how far a scout may be from its place in the grid
+
+
+def tables(view: View, dtype: torch.dtype, device: torch.device) -> Tables:
+    """Return the constants of a geometry in a real dtype."""
+    return _tables(
+        view.positions, view.residues, view.strides, view.torus, view.template.dtype.is_complex, dtype, device
+    )
+
+
+@lru_cache(maxsize=128)
+def _tables(
+    positions: tuple[tuple[int, ...], ...],
+    residues: tuple[int, ...],
+    strides: tuple[int, ...],
+    torus: tuple[int, ...] | None,
+    is_complex: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tables:
+    classes = torch.tensor(residues, device=device)
+    counts = [
+        min(2 * -(-(max(axis) + 1) // stride) + 1, 12)
+        for axis, stride in zip(zip(*positions, strict=True), strides, strict=True)
+    ]
+    spacing = [2 * torch.pi / (n * s) for n, s in zip(counts, strides, strict=True)]
+    everywhere = _points([[h * i for i in range(n)] for n, h in zip(counts, spacing, strict=True)])
+    # A frequency and its shift by a multiple of 2 pi / stride are the same map, up to a rotation; a real kernel is
+    # covered by half of what is left.
+    halved = [n if is_complex or axis else n // 2 + 1 for axis, n in enumerate(counts)]
+    grid = _points([[h * i for i in range(n)] for n, h in zip(halved, spacing, strict=True)])
+    steps = [point for scale in _SCALES for point in _points([[0.0, h * scale, -h * scale] for h in spacing])]
+
+    def placed(points: Points | list[tuple[float, ...]]) -> Tensor:
+        if torus is not None:  # only these frequencies exist
+            units = [2 * torch.pi / n for n in torus]
+            points = [tuple(round(x / u) * u for x, u in zip(point, units, strict=True)) for point in points]
+        return torch.tensor(list(dict.fromkeys(points)), dtype=torch.float64).to(device, dtype)
+
+    places = torch.tensor(positions, dtype=dtype, device=device)
+    nearby, moves = placed(steps), placed([*steps, *everywhere] if len(everywhere) <= 256 else steps)
+    return Tables(
+        places,
+        classes,
+        max(residues) + 1,
+        classes[:, None] == classes[None, :],
+        placed(grid),
+        Moves(moves, phases_of(places, moves)),
+        Moves(nearby, phases_of(places, nearby)),
+        torch.tensor([0.8 * h for h in spacing], dtype=dtype, device=device),
+    )
+
+
+def _points(axes: list[list[float]]) -> Points:
+    return tuple(product(*axes))
+
+
+def phases_of(positions: Tensor, omega: Tensor) -> Tensor:
+    """`exp(i w.p_j)`, shape (..., taps)."""
+    angle = omega @ positions.mT
+    return torch.polar(torch.ones_like(angle), angle)

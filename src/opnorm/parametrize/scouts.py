@@ -1,0 +1,71 @@
+"""Vectors that watch the frequencies at which a convolution is not tracked.
+
+A few of them advance at a time, each near its place in a grid, and what sees more than the tracked vectors takes their
+place.
+"""
+
+import torch
+from torch import Tensor
+
+from opnorm.parametrize.blocks import Block, normalised, ritz_rotation, scaled
+from opnorm.parametrize.grid import phases_of, tables
+from opnorm.parametrize.taps import apart, climbed, gather, space, together
+from opnorm.parametrize.views import View
+
+SCOUTS_A_STEP = 16
+
+
+def home(view: View, block: Block) -> Block:
+    """Send the scouts back to their places: those that met at one maximum look all over again."""
+    grid = tables(view, block.omega.dtype, block.omega.device).grid
+    places = grid.expand(len(block.omega), -1, -1)
+    return Block(block.y, torch.cat([block.omega[:, :1], places], 1), block.scouts)
+
+
+def scouted(view: View, matrices: Tensor, block: Block, turn: int, depth: int = 1) -> Block:
+    """Advance the scouts whose turn it is."""
+    total = block.omega.shape[1] - 1
+    first = turn % -(-total // SCOUTS_A_STEP) * SCOUTS_A_STEP
+    return scout(view, matrices, block, first, min(first + SCOUTS_A_STEP, total), depth)
+
+
+def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, depth: int = 1) -> Block:
+    """Advance some of the scouts; the best vectors, wherever they were found, become the tracked ones."""
+    table = tables(view, block.omega.dtype, block.omega.device)
+    held, width = block.scouts.shape[-1] // max(len(table.grid), 1), block.y.shape[-1]
+    omega = torch.cat([block.omega[:, :1], block.omega[:, 1 + first : 1 + last]], 1)
+    columns = torch.cat([block.y[..., :held], block.scouts[..., held * first : held * last]], -1)
+    here = omega.flatten(0, 1)[:, None]  # shape: (blocks * frequencies, 1, axes)
+    phases = phases_of(table.positions, here)
+    _, whole = space(table, matrices, apart(columns, omega.shape[1]), phases, depth)
+    whole, scale = scaled(whole)
+    whole = whole @ ritz_rotation(gather(table, whole, phases))[..., :held]
+    moved = climbed(table, whole[..., :1], here, phases, table.nearby).reshape(omega.shape)
+    far = ((moved[:, 1:] - table.grid[first:last]).abs() > table.reach).any(-1, keepdim=True)
+    omega = torch.cat([moved[:, :1], torch.where(far, omega[:, 1:], moved[:, 1:])], 1)
+    y, lengths = normalised(gather(table, whole, phases_of(table.positions, omega.flatten(0, 1)[:, None])))
+    gains = (lengths * scale)[:, 0, 0].reshape(omega.shape[:2])
+    winner = gains.argmax(-1)[:, None, None]  # shape: (blocks, 1, 1)
+    each = y.reshape(*omega.shape[:2], -1, held)
+    best = each.gather(1, winner[..., None].expand(-1, 1, y.shape[1], held))[:, 0]
+    others = torch.where(winner == 0, block.y[..., held:], block.y[..., : width - held])
+    return Block(
+        torch.cat([best, others], -1)[..., :width],
+        torch.cat(
+            [
+                omega.gather(1, winner.expand(-1, 1, omega.shape[-1])),
+                block.omega[:, 1 : 1 + first],
+                omega[:, 1:],
+                block.omega[:, 1 + last :],
+            ],
+            1,
+        ),
+        torch.cat(
+            [
+                block.scouts[..., : held * first],
+                together(y, len(matrices))[..., held:],
+                block.scouts[..., held * last :],
+            ],
+            -1,
+        ),
+    )
