@@ -159,25 +159,6 @@ def _set(rule, raw, triple):
     rule._estimate = rule._estimate._replace(triple=triple, key=values.Sampler().key(raw, rule._epoch))
 
 
-def test_an_older_copy_goes_on_where_it_was():
-    torch.manual_seed(0)
-    layer = opnorm.spectral_norm(nn.Linear(40, 30))
-    for _ in range(3):
-        with torch.no_grad():
-            layer.parametrizations.weight.original.add_(1e-2)
-        layer(torch.randn(2, 40))
-    raw, rule = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
-    value = rule.deployed(raw)
-    state = rule.__getstate__()
-    older = {key: part for key, part in state.items() if key != "_estimate"}
-    older |= {f"_{name}": part for name, part in rule._estimate._asdict().items()}
-    older["_stored"] = tuple(rule._stored)
-    copied = type(rule).__new__(type(rule))
-    copied.__setstate__(older)
-    assert copied._estimate == rule._estimate and copied._estimate.age == 3
-    assert copied.deployed(raw) is value and copied.triple(raw) is rule.triple(raw)
-
-
 def discriminator(wrap, width=16):
     layers = []
     for c_in, c_out in ((3, width), (width, 2 * width), (2 * width, 4 * width)):

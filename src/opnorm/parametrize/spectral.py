@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +75,8 @@ class SpectralNormalization(nn.Module):
         """What a copy takes over: nothing that shows this weight's memory."""
         return {**self.__dict__, "ready": None, "_sampler": values.Sampler()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give a copy a number of its own; an older one holds its estimate in parts."""
-        if "_estimate" not in state:
-            state = dict(state)
-            state["_estimate"] = Estimate(*(state.pop(name) for name in ("_key", "_triple", "_age", "_turn")))
-            state["_stored"] = state["_stored"] and Deployed(*state["_stored"])
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Give a copy a number of its own."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._number = compiled.enrol(self)
 
