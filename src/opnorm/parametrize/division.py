@@ -45,6 +45,12 @@ def _gain(triple: Triple, matrices: Tensor) -> Tensor:
         return inner(triple, matrices / unit[:, None, None]) * unit
 
 
+def times(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return the product with a number that may be none of the weight's own dtype, in that dtype."""
+    wide = torch.promote_types(weight.dtype, factor.dtype)
+    return (weight.to(wide) * factor.to(wide)).to(weight.dtype)
+
+
 def divisor(sigma: Tensor, lipschitz: Tensor | float, clip: bool) -> Tensor:
     """Return `sigma / K`, at least 1 where only larger weights are divided; 1 for a zero weight, which stays zero."""
     ratio = sigma / lipschitz
