@@ -78,6 +78,10 @@ def test_a_loose_proof_meets_the_same_loose_estimate(case):
     torch.manual_seed(0)
     make, in_shape = LOOSE[case]
     layer = trained(opnorm.spectral_norm(make(), input_shape=in_shape, n_power_iterations="adaptive"), in_shape, 5)
+    rule, raw = layer.parametrizations.weight[0], layer.parametrizations.weight.original.detach()
+    triple = rule.triple(raw)
+    gain = (triple.left * (rule.view.matrices(raw) @ triple.right)).sum()
+    assert float(gain) == pytest.approx(float(triple.sigma), rel=1e-5)  # so that the gradient is that of the divisor
     assert attained_norm(make(), layer.weight, in_shape) < 1.001
     assert ratio(layer) == pytest.approx(1, abs=2e-3)
 

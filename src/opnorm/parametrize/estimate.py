@@ -182,7 +182,7 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
 
 
 def _joined(view: View, triple: Triple) -> Triple:
-    """The triple of the bound that is deployed: where that is the largest of the blocks', of the largest block alone."""
+    """The deployed bound's triple; where that is the largest of the blocks', of the largest block alone."""
     if view.slack != 1:
         triple = triple._replace(sigma=view.slack * triple.sigma, left=view.slack * triple.left)
     if not view.joint or view.blocks == 1 or view.sampled:
