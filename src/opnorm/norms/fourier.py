@@ -47,17 +47,39 @@ def torus_norm(operator: Conv | ConvTranspose, *, rtol: float, search: bool = Tr
     conv = replace(conv, weight=scaled)
     if not scaled.any():
         return Enclosure(0.0, 0.0, "proved", "zero", rtol)
-    if conv.mode == "circular":
-        lower, upper = _circular(conv, sharp)
-    elif conv.mode == "zeros":
+    plain, factor = embedded(conv)
+    if conv.mode == "zeros":
         lower, upper = _zero_padded(conv, scaled_like(operator, conv), sharp, search=search)
+    elif plain is conv:
+        peak = grid_maximum(symbol_grid(conv, conv.sizes), sharp)
+        lower, upper = peak.lower, peak.upper
     else:
-        valid = replace(conv, spatial=conv.padded, padding=((0, 0),) * conv.dims, mode="zeros")
-        _, upper = _zero_padded(valid, valid, sharp, search=False)
-        repeats = math.prod(_repetitions(conv))
-        upper = rounding.mul_up(upper, rounding.sqrt_up(float(repeats)))
         lower = attained_by_search(conv, None, sharp) if search else 0.0
+        if plain.mode == "circular":
+            upper = grid_maximum(symbol_grid(plain, plain.sizes), sharp).upper
+        else:
+            upper = _zero_padded(plain, plain, sharp, search=False)[1]
+        upper = rounding.mul_up(upper, factor)
     return Enclosure(rounding.ldexp_down(lower, exponent), rounding.ldexp_up(upper, exponent), "proved", "torus", rtol)
+
+
+def embedded(conv: Conv) -> tuple[Conv, float]:
+    """Return a convolution whose symbol is that of a torus, and a factor: their product bounds the norm of `conv`.
+
+    Zero padding: itself. Circular padding: itself where it maps the torus to itself, else the one without stride, whose
+    outputs contain those of `conv` as often as they go round. Reflect and replicate padding: the valid convolution,
+    and how often a sample is repeated.
+    """
+    if conv.mode == "zeros":
+        return conv, 1.0
+    if conv.mode != "circular":
+        valid = replace(conv, spatial=conv.padded, padding=((0, 0),) * conv.dims, mode="zeros")
+        return valid, rounding.sqrt_up(float(math.prod(_repetitions(conv))))
+    outputs = [n - reach for n, reach in zip(conv.padded, conv.reach, strict=True)]
+    if all(o == n and n % s == 0 for o, n, s in zip(outputs, conv.sizes, conv.stride, strict=True)):
+        return conv, 1.0
+    overlap = math.prod(max(1, -(-o // n)) for o, n in zip(outputs, conv.sizes, strict=True))
+    return replace(conv, stride=(1,) * conv.dims), rounding.sqrt_up(float(overlap))
 
 
 def frobenius_by_group(conv: Conv) -> list[float]:
@@ -103,19 +125,6 @@ def symbol_grid(conv: Conv, sizes: tuple[int, ...]) -> Grid:
     offsets = torch.cartesian_prod(*axes).reshape(-1, conv.dims)
     kernel = weight.reshape(conv.groups, weight.shape[0] // conv.groups, weight.shape[1], -1)
     return Grid(kernel, offsets, sizes, conv.stride)
-
-
-def _circular(conv: Conv, rtol: float) -> tuple[float, float]:
-    """The wrapping convolution: exact where it maps the torus to itself, else the stride-1 bound times its overlap."""
-    outputs = [n - reach for n, reach in zip(conv.padded, conv.reach, strict=True)]
-    tiled = all(o == n and n % s == 0 for o, n, s in zip(outputs, conv.sizes, conv.stride, strict=True))
-    if tiled:
-        peak = grid_maximum(symbol_grid(conv, conv.sizes), rtol)
-        return peak.lower, peak.upper
-    plain = replace(conv, stride=(1,) * conv.dims)
-    upper = grid_maximum(symbol_grid(plain, conv.sizes), rtol).upper
-    overlap = math.prod(max(1, -(-o // n)) for o, n in zip(outputs, conv.sizes, strict=True))
-    return attained_by_search(conv, None, rtol), rounding.mul_up(upper, rounding.sqrt_up(float(overlap)))
 
 
 def _zero_padded(

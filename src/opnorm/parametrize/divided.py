@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opnorm.parametrize.blocks import Triple
-from opnorm.parametrize.division import Divide, composed
+from opnorm.parametrize.division import Divide, composed, times
 from opnorm.parametrize.rule import Rule
 from opnorm.parametrize.sharding import is_sharded, spread
 from opnorm.parametrize.views import View
@@ -46,10 +46,9 @@ def divided_anywhere(
 ) -> Tensor:
     """Return the same out of differentiable operations, for shards, graphs and every transform."""
     view, triple, lipschitz, clip = division
-    value = composed(view.matrices(weight), triple, lipschitz, clip).to(weight.dtype)
-    plain = view.weight(value, weight.shape)
+    plain = view.weight(composed(view.matrices(weight), triple, lipschitz, clip), weight.shape)
     if stored is not None:  # the proved value, with the gradient of the estimate
-        plain = plain if scale is None else plain * scale.detach().to(plain.dtype)
+        plain = plain if scale is None else times(plain, scale.detach())
         plain = stored + (plain - plain.detach())
     return _scaled(plain, scale, stored)
 
@@ -57,4 +56,4 @@ def divided_anywhere(
 def _scaled(weight: Tensor, scale: Tensor | None, stored: Tensor | None) -> Tensor:
     if scale is None:
         return weight
-    return weight * (scale if stored is None else scale / scale.detach()).to(weight.dtype)
+    return times(weight, scale if stored is None else scale / scale.detach())

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from opnorm.parametrize.blocks import Triple
-from opnorm.parametrize.on_device import host_waits
+from opnorm.parametrize.on_device import autocasting, host_waits, without_autocast
 
 
 def inner(triple: Triple, matrices: Tensor) -> Tensor:
     """Return `<G, W>`, in the shape of sigma: the gain that the triple sees, differentiable in the weight."""
-    along = matrices if triple.right is None else matrices.to(triple.left.dtype) @ triple.right
+    along = matrices if triple.right is None else matrices @ triple.right
     # As real numbers: the gain is real, and for a complex weight so is the derivative.
     return shared((triple.left.conj() * along).sum((1, 2)).real, triple.sigma)
 
@@ -27,9 +27,28 @@ def shared(values: Tensor, sigma: Tensor) -> Tensor:
 
 
 def composed(matrices: Tensor, triple: Triple, lipschitz: Tensor | float, clip: bool) -> Tensor:
-    """Return `W / d` out of differentiable operations, for every order of derivative and every transform."""
-    gain = inner(triple, matrices)
-    return matrices / divisor(gain, lipschitz, clip)[:, None, None]
+    """Return `W / d` out of differentiable operations, for every order of derivative and every transform.
+
+    A weight of 16 bits is divided in the dtype of the estimate: its norm may be no number of its own dtype.
+    """
+    wide = matrices.to(triple.left.dtype)
+    return (wide / divisor(_gain(triple, wide), lipschitz, clip)[:, None, None]).to(matrices.dtype)
+
+
+def _gain(triple: Triple, matrices: Tensor) -> Tensor:
+    """`inner` in full precision, also where products are cast to 16 bits around it."""
+    if not autocasting(matrices):
+        return inner(triple, matrices)
+    # The compiled backward is cast all the same: its numbers must not depend on the size of the weight.
+    unit = torch.where(triple.sigma > 0, triple.sigma, torch.ones_like(triple.sigma))
+    with without_autocast(matrices):
+        return inner(triple, matrices / unit[:, None, None]) * unit
+
+
+def times(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return the product with a number that may be none of the weight's own dtype, in that dtype."""
+    wide = torch.promote_types(weight.dtype, factor.dtype)
+    return (weight.to(wide) * factor.to(wide)).to(weight.dtype)
 
 
 def divisor(sigma: Tensor, lipschitz: Tensor | float, clip: bool) -> Tensor:
@@ -41,7 +60,7 @@ def divisor(sigma: Tensor, lipschitz: Tensor | float, clip: bool) -> Tensor:
 
 
 class Divide(Function):
-    """`W / d` for a real weight, or a stored value of it, with the gradient above."""
+    """`W / d` for a real weight, or a stored value of it, with the gradient above; computed in the dtype of sigma."""
 
     @staticmethod
     def forward(
@@ -57,7 +76,7 @@ class Divide(Function):
         ctx.save_for_backward(matrices)
         if stored is not None:
             return stored.view_as(stored)
-        return matrices / divisor(triple.sigma, lipschitz, clip).to(matrices.dtype)[:, None, None]
+        return (matrices / divisor(triple.sigma, lipschitz, clip)[:, None, None]).to(matrices.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,11 +87,11 @@ class Divide(Function):
             with torch.enable_grad():
                 value = composed(matrices, triple, lipschitz, clip)
             return *torch.autograd.grad(value, matrices, gradient, create_graph=True), None, None, None, None
-        scale = divisor(triple.sigma, lipschitz, clip).to(gradient.dtype)[:, None, None]
-        result = gradient / scale
-        along = shared(torch.linalg.vecdot(result.flatten(1), matrices.flatten(1)), triple.sigma)
+        result = gradient / divisor(triple.sigma, lipschitz, clip)[:, None, None]
+        wide = matrices.to(result.dtype)
+        along = shared(torch.linalg.vecdot(result.flatten(1), wide.flatten(1)), triple.sigma)
         weights = coefficient(triple.sigma, lipschitz, clip, along)
-        return subtract_direction_(result, triple, weights), None, None, None, None
+        return subtract_direction_(result, triple, weights).to(gradient.dtype), None, None, None, None
 
 
 def coefficient(sigma: Tensor, lipschitz: float, clip: bool, along: Tensor) -> Tensor:

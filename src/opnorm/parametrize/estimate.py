@@ -182,7 +182,9 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
 
 
 def _joined(view: View, triple: Triple) -> Triple:
-    """Where the norm is the largest of the blocks', only the largest block's triple counts."""
+    """The deployed bound's triple; where that is the largest of the blocks', of the largest block alone."""
+    if view.slack != 1:
+        triple = triple._replace(sigma=view.slack * triple.sigma, left=view.slack * triple.left)
     if not view.joint or view.blocks == 1 or view.sampled:
         return triple
     top = triple.sigma.argmax()

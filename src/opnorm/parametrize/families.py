@@ -10,9 +10,10 @@ from torch.nn.utils import parametrize
 
 from opnorm.errors import ArgumentError, UnsupportedLayerError, WeightError
 from opnorm.layers import to_operator
-from opnorm.norms.select import DENSE_LIMIT
+from opnorm.norms.select import select
 from opnorm.operators import Conv, ConvTranspose
-from opnorm.parametrize.views import View, conv_view, matrix_view
+from opnorm.parametrize.deployed import CONV_RTOL
+from opnorm.parametrize.views import View, conv_view, is_loose, matrix_view
 
 Norm = Literal["operator", "reshaped"]
 Shape = tuple[int, ...]
@@ -42,8 +43,10 @@ def _ordered(module: nn.Module, held: set[str]) -> list[str]:
     return [name for name in names if name in held]
 
 
-def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_shape: Shape | None) -> View:
-    """Return how a weight is read as a linear map.
+def view_of(
+    module: nn.Module, name: str, norm: Norm, dim: int | None, input_shape: Shape | None, *, attained: bool = False
+) -> View:
+    """Return how a weight is read as a linear map: for the bound that is deployed, or for the norm that is `attained`.
 
     Raises:
         ArgumentError: if the layer has no such weight, or an argument does not fit.
@@ -73,10 +76,10 @@ def view_of(module: nn.Module, name: str, norm: Norm, dim: int | None, input_sha
             f"dim={dim}: the norm of the true operator does not depend on how {label} is reshaped; leave dim out, or "
             'pass norm="reshaped"'
         )
-    return _operator_view(module, name, weight, input_shape)
+    return _operator_view(module, name, weight, input_shape, attained)
 
 
-def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Shape | None) -> View:
+def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Shape | None, attained: bool) -> View:
     if isinstance(module, nn.MultiheadAttention | RECURRENT | LOOKUPS) and weight.ndim == 2:
         stacked = 3 if name == "in_proj_weight" else 1  # q, k and v, each divided by its own norm
         return matrix_view(weight.shape[0] // stacked, weight.shape[1], blocks=stacked, joint=stacked == 1)
@@ -88,7 +91,7 @@ def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Sh
     operator = to_operator(_bare(module), input_shape)
     if not isinstance(operator, Conv | ConvTranspose):
         return matrix_view(*weight.shape)
-    return conv_view(operator, sampled=_border_matters(operator))
+    return conv_view(operator, sampled=_border_matters(operator) or (attained and is_loose(operator)))
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -111,18 +114,11 @@ def _bare(module: nn.Module) -> nn.Module:
 def _border_matters(operator: Conv | ConvTranspose) -> bool:
     """Whether the proof goes by the operator's own matrix, so that the estimate has to be of the same."""
     conv = operator.conv if isinstance(operator, ConvTranspose) else operator
-    if conv.mode in {"reflect", "replicate"}:
-        return True
     if operator.spatial is None or (
         prod(conv.kernel) == 1 and max(conv.stride) == 1 and not any(map(any, conv.padding))
     ):
         return False
-    if conv.mode == "circular":
-        return not all(
-            sum(pair) == reach and n % s == 0
-            for pair, reach, n, s in zip(conv.padding, conv.reach, conv.sizes, conv.stride, strict=True)
-        )
-    return min(operator.in_size, operator.out_size) // conv.groups <= DENSE_LIMIT
+    return select(operator, rtol=CONV_RTOL).method != "torus"
 
 
 def _choices(module: nn.Module) -> str:

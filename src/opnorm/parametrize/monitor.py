@@ -57,7 +57,7 @@ class Monitor:
         """Find the weights; nothing is computed yet."""
         self._tracked = track(
             model, lipschitz=1.0, mode="divide", norm=norm, iterations=n_power_iterations,
-            input_shapes=input_shapes, skip=skip,
+            input_shapes=input_shapes, skip=skip, attained=True,
         )  # fmt: skip
 
     @torch.no_grad()

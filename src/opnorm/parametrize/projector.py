@@ -100,7 +100,7 @@ class Projector:
                 whole = deploy(rule.view, gathered(weight), rule.lipschitz, rule.mode, label)
                 weight.copy_(as_before(whole, weight))
                 continue
-            divided = divisor(triple.sigma, rule.lipschitz, rule.mode == "clip").to(weight.dtype)
+            divided = divisor(triple.sigma, rule.lipschitz, rule.mode == "clip")
             divided = replicated(divided, weight) if is_sharded(weight) else divided
             matrices = rule.view.matrices(weight)
             weight.copy_(rule.view.weight(matrices / divided[:, None, None], weight.shape))

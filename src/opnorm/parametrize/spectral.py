@@ -123,7 +123,9 @@ class SpectralNormalization(nn.Module):
 
     def bound(self) -> Tensor | None:
         """The scale that a learned one has now, at most K."""
-        return None if self.scale is None else self.lipschitz * torch.sigmoid(self.scale)
+        if self.scale is None:
+            return None
+        return self.lipschitz * torch.sigmoid(self.scale.to(values.compute_dtype(self.scale)))
 
     # ---------------------------------------------------------------- by what it is divided
 
@@ -155,7 +157,8 @@ class SpectralNormalization(nn.Module):
         Raises:
             WeightError: if the weight holds NaN or infinite values.
         """
-        lipschitz = self.lipschitz if bound is None else float(bound.detach())
+        # A learned scale is rounded, and may be rounded above K.
+        lipschitz = self.lipschitz if bound is None else min(self.lipschitz, float(bound.detach()))
         if not sharding.several_processes():  # FSDP2 fills the parameters that it lends without counting
             watch(weight)
         found = up_to_date(

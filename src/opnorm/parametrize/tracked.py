@@ -26,8 +26,11 @@ def track(
     iterations: Iterations,
     input_shapes: Mapping[str, Shape] | None,
     skip: Iterable[str],
+    attained: bool = False,
 ) -> Tracked:
     """Return every linear weight of a model by name, with a tracker that is not attached to it.
+
+    Of the norm that is `attained`, or of the bound that evaluation would divide by.
 
     Raises:
         ArgumentError: if there is none, if `input_shapes` or `skip` names a module that is not there, or if an option
@@ -50,7 +53,7 @@ def track(
             held.add((id(owner), name))
             where = path if owner is module else f"{path}.out_proj".lstrip(".")
             with located(path, sizes=f"as input_shapes={{{path!r}: ...}}"):
-                view = view_of(owner, name, norm, None, shape)
+                view = view_of(owner, name, norm, None, shape, attained=attained)
             rule = SpectralNormalization(
                 view, lipschitz, mode, iterations, f"{where}.{name}", learn_scale=False, norm=norm
             )

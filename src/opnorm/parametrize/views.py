@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from opnorm.norms.fourier import torus_sizes
+from opnorm.norms.fourier import embedded, torus_sizes
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
 
 Axes = tuple[int, ...]
@@ -28,8 +28,10 @@ class View:
         axis: the axis of the weight that becomes the rows.
         positions: where the taps sit, in units of the input's samples; one tap at 0 for a matrix.
         residues: the class of each tap modulo the stride.
+        strides: per axis on which the map varies with the frequency.
         torus: the sizes of the torus on which frequencies live; None where they are continuous.
-        sampled: whether the frequencies say nothing about the map, which is then applied to samples.
+        slack: by how much the bound that is deployed is above the gain at the best frequency.
+        sampled: whether the bound that is deployed is the map's own, which is then applied to samples.
     """
 
     template: LinearOperator
@@ -38,7 +40,9 @@ class View:
     axis: int = 0
     positions: tuple[Axes, ...] = ((),)
     residues: Axes = (0,)
+    strides: Axes = ()
     torus: Axes | None = None
+    slack: float = 1.0
     sampled: bool = False
 
     @property
@@ -50,12 +54,6 @@ class View:
     def frequencies(self) -> int:
         """Number of axes on which the map varies with the frequency."""
         return len(self.positions[0])
-
-    @property
-    def strides(self) -> Axes:
-        """Per axis on which the map varies with the frequency."""
-        conv = self.template.conv if isinstance(self.template, ConvTranspose) else self.template
-        return _strides(conv) if isinstance(conv, Conv) and self.frequencies else ()
 
     def matrices(self, weight: Tensor) -> Tensor:
         """Return the weight as (blocks, rows, columns * taps)."""
@@ -95,22 +93,32 @@ def conv_view(operator: Conv | ConvTranspose, *, sampled: bool = False) -> View:
     template = with_weight(operator, torch.empty(conv.weight.shape, dtype=conv.weight.dtype, device="meta"))
     if sampled:
         return View(template, conv.groups, sampled=True)
+    plain, slack = _proved(conv)
     if prod(conv.kernel) == 1:
-        return View(template, conv.groups)
+        return View(template, conv.groups, slack=slack)
     taps = list(product(*(range(k) for k in conv.kernel)))
     positions = tuple(tuple(d * j for d, j in zip(conv.dilation, tap, strict=True)) for tap in taps)
-    classes = [tuple(p % s for p, s in zip(position, _strides(conv), strict=True)) for position in positions]
+    classes = [tuple(p % s for p, s in zip(position, plain.stride, strict=True)) for position in positions]
     index = {residue: i for i, residue in enumerate(dict.fromkeys(classes))}
-    return View(template, conv.groups, True, 0, positions, tuple(index[c] for c in classes), _torus(conv))
+    residues = tuple(index[c] for c in classes)
+    return View(template, conv.groups, True, 0, positions, residues, plain.stride, _torus(plain), slack)
 
 
-def _strides(conv: Conv) -> Axes:
-    """What the bound is for: circular padding of any size may have a length that the stride does not divide."""
-    return (1,) * conv.dims if conv.mode == "circular" and conv.spatial is None else conv.stride
+def is_loose(operator: Conv | ConvTranspose) -> bool:
+    """Whether the symbol is of another convolution, whose norm may be far above that of the operator."""
+    conv = operator.conv if isinstance(operator, ConvTranspose) else operator
+    return conv.spatial is not None and embedded(conv)[0] is not conv
+
+
+def _proved(conv: Conv) -> tuple[Conv, float]:
+    """The convolution whose symbol is proved, and by how much the deployed bound is above the symbol's maximum."""
+    if conv.spatial is not None:
+        return embedded(conv)
+    # Circular padding of any size may have a length that the stride does not divide.
+    return (replace(conv, stride=(1,) * conv.dims) if conv.mode == "circular" else conv), 1.0
 
 
 def _torus(conv: Conv) -> Axes | None:
-    """The torus by which the zero-padded map is proved; the real size where padding wraps around."""
     if conv.spatial is None:
         return None
     return tuple(conv.spatial) if conv.mode == "circular" else torus_sizes(conv)[0]
