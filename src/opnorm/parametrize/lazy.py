@@ -103,8 +103,7 @@ class NormalizedWeight(Tensor):
         """Compute the weight of this access to `layer.weight` elsewhere than where the deployed one lies."""
         value = self.materialised()
         if not self._separate:
-            with torch.set_grad_enabled(value.requires_grad):
-                self._value, self._separate = value.clone(), True
+            self._value, self._separate = value.clone(), True
 
     def viewed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "NormalizedWeight":
         """Return a view, through which an initialisation can still write."""
