@@ -125,6 +125,24 @@ def test_a_transposed_view_of_the_weight_is_another_weight():
     assert torch.equal(found, afresh(layer))
 
 
+FAMILIES = {
+    "linear": (nn.Linear, (N, N), X),
+    "convolution": (nn.Conv1d, (2, 2, 3), torch.ones(1, 2, 8)),
+    "transposed": (nn.ConvTranspose1d, (2, 2, 3), torch.ones(1, 2, 8)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_forward_that_is_replaced_later_is_used(family, everywhere, monkeypatch):
+    base, sizes, x = FAMILIES[family]
+    cls = base if everywhere else type("Mine", (base,), {})
+    layer = opnorm.spectral_norm(cls(*sizes)).eval().requires_grad_(False)
+    layer(x)
+    monkeypatch.setattr(cls, "forward", lambda self, *_: self.bias, raising=False)
+    assert layer(x) is layer.bias
+
+
 def test_training_set_on_every_module_is_training():
     """As Lightning does after a validation."""
     layer = another().train()

@@ -76,28 +76,32 @@ def forward_directly(module: nn.Module, name: str) -> None:
     Only where the layer's forward is torch's and hands the weight and the bias to one operation.
     """
     cls: Any = type(module)
-    plain: Callable[..., Tensor] = cls.forward
+    base, plain = cls.__bases__[0], cls.forward
     operation: Any = _TRANSPOSED.get(plain)
     known: dict[int, Ready] = {}
 
+    # The forward of the base may be replaced later, for one layer's class or for all of torch's.
     def linear(self: nn.Linear, input: Tensor) -> Tensor:
-        ready = _usable(self, known)
-        return plain(self, input) if ready is None else F.linear(input, ready.value, ready.bias)
+        ready = _usable(self, known) if base.forward is plain else None
+        if ready is None:
+            return base.forward(self, input)  # type: ignore[no-any-return]
+        return F.linear(input, ready.value, ready.bias)
 
     def convolution(self: nn.Conv2d, input: Tensor) -> Tensor:
-        ready = _usable(self, known)
-        return plain(self, input) if ready is None else self._conv_forward(input, ready.value, ready.bias)
+        ready = _usable(self, known) if base.forward is plain else None
+        if ready is None:
+            return base.forward(self, input)  # type: ignore[no-any-return]
+        return self._conv_forward(input, ready.value, ready.bias)  # type: ignore[no-any-return]
 
     def transposed(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        ready = _usable(self, known)
+        ready = _usable(self, known) if base.forward is plain else None
         if ready is None:
-            return plain(self, input, output_size)
+            return base.forward(self, input, output_size)  # type: ignore[no-any-return]
         added = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         settings = self.stride, self.padding, added, self.groups, self.dilation
-        result: Tensor = operation(input, ready.value, ready.bias, *settings)
-        return result
+        return operation(input, ready.value, ready.bias, *settings)  # type: ignore[no-any-return]
 
     methods = plain, getattr(cls, "_conv_forward", None)
     if name != "weight":
