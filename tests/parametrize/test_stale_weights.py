@@ -78,6 +78,11 @@ def gradients_dropped_in_a_hook(layer):
     raw(layer).requires_grad_(False)
 
 
+def swapped_in_inference_mode(layer):
+    with torch.inference_mode():
+        torch.utils.swap_tensors(raw(layer), nn.Parameter(torch.randn(N, N), requires_grad=False))
+
+
 def data_after_set(layer):
     assert raw(layer).data.shape == (N, N)
     raw(layer).set_(torch.randn(N, N))
@@ -102,7 +107,7 @@ CHANGES = {
     "scale": lambda layer: setattr(layer.parametrizations.weight[0], "lipschitz", 2.0),
     "negative bit": lambda layer: setattr(raw(layer), "data", torch.randn(N, N, dtype=torch.complex64).conj().imag),
     **{f.__name__: f for f in (registered_again, storage_made_again, gradients_dropped_in_a_hook)},
-    **{f.__name__: f for f in (data_after_set, data_after_transposing)},
+    **{f.__name__: f for f in (swapped_in_inference_mode, data_after_set, data_after_transposing)},
 }
 
 

@@ -126,7 +126,8 @@ def _usable(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
         return _ready(layer, known)
     raw, record, holds = ready.raw, ready.record, layer.__dict__
     if (
-        ready.version == raw._version
+        type(raw) is Watched  # else it may be one that counts nothing, and says so by an error
+        and ready.version == raw._version
         and ready.place == raw.data_ptr()  # first: what lay elsewhere may have been freed
         and ready.token is record.token
         and (record.lent is None or ready.lent == record.lent._version)
