@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from opnorm.parametrize.blocks import Triple
 from opnorm.parametrize.division import Divide, composed, times
 from opnorm.parametrize.rule import Rule
 from opnorm.parametrize.sharding import is_sharded, spread
+from opnorm.parametrize.transforms import transformed
 from opnorm.parametrize.views import View
 
 
@@ -34,7 +34,7 @@ def divided(weight: Tensor, division: Division, scale: Tensor | None, stored: Te
     view, triple, lipschitz, clip = division
     if is_sharded(weight):
         return divided_anywhere(weight, division._replace(triple=spread(triple, weight)), scale, stored)
-    if weight.is_complex() or torch._C._are_functorch_transforms_active() or view.axis:
+    if weight.is_complex() or view.axis or transformed(weight):
         return divided_anywhere(weight, division, scale, stored)
     held = None if stored is None else view.matrices(stored)
     matrices: Tensor = Divide.apply(view.matrices(weight), triple, lipschitz, clip, held)  # type: ignore[no-untyped-call]

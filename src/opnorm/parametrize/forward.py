@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
-from torch.nn.utils.parametrize import is_parametrized
+from torch.fx import _symbolic_trace
 
 from opnorm.layers.registry import comes_to_the_same
-from opnorm.parametrize.chains import chain_of
 from opnorm.parametrize.spectral import SpectralNormalization
+from opnorm.parametrize.transforms import transformed
 from opnorm.parametrize.watched import Record, Watched
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,7 +35,7 @@ _FEW = 3
 """Entries that are looked at although writes are noticed: what NumPy and compiled fused steps write is not."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Ready:
     """A deployed weight, and all there is to look at before it is used again.
 
@@ -50,16 +51,23 @@ class Ready:
     lent: int
     held: dict[str, Any]
     rules: dict[str, Any]
-    parameters: dict[str, Any]
+    rule: SpectralNormalization
+    chains: dict[str, Any]
+    chain: nn.Module
+    lists: nn.Module
     picked: memoryview
     sample: list[int]
     value: Tensor
     bias: Tensor | None
     layer: "ref[nn.Module]"
+    known: "dict[int, Ready]"
+    key: int
 
     def over(self) -> None:
         """Let nobody use it again."""
         self.version = -1  # no tensor has it
+        if self.known.get(self.key) is self:
+            self.known.pop(self.key, None)
 
 
 def forward_directly(module: nn.Module, name: str) -> None:
@@ -68,28 +76,32 @@ def forward_directly(module: nn.Module, name: str) -> None:
     Only where the layer's forward is torch's and hands the weight and the bias to one operation.
     """
     cls: Any = type(module)
-    plain: Callable[..., Tensor] = cls.forward
+    base, plain = cls.__bases__[0], cls.forward
     operation: Any = _TRANSPOSED.get(plain)
     known: dict[int, Ready] = {}
 
+    # The forward of the base may be replaced later, for one layer's class or for all of torch's.
     def linear(self: nn.Linear, input: Tensor) -> Tensor:
-        ready = _usable(self, known)
-        return plain(self, input) if ready is None else F.linear(input, ready.value, ready.bias)
+        ready = _usable(self, known) if base.forward is plain else None
+        if ready is None:
+            return base.forward(self, input)  # type: ignore[no-any-return]
+        return F.linear(input, ready.value, ready.bias)
 
     def convolution(self: nn.Conv2d, input: Tensor) -> Tensor:
-        ready = _usable(self, known)
-        return plain(self, input) if ready is None else self._conv_forward(input, ready.value, ready.bias)
+        ready = _usable(self, known) if base.forward is plain else None
+        if ready is None:
+            return base.forward(self, input)  # type: ignore[no-any-return]
+        return self._conv_forward(input, ready.value, ready.bias)  # type: ignore[no-any-return]
 
     def transposed(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        ready = _usable(self, known)
+        ready = _usable(self, known) if base.forward is plain else None
         if ready is None:
-            return plain(self, input, output_size)
+            return base.forward(self, input, output_size)  # type: ignore[no-any-return]
         added = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         settings = self.stride, self.padding, added, self.groups, self.dilation
-        result: Tensor = operation(input, ready.value, ready.bias, *settings)
-        return result
+        return operation(input, ready.value, ready.bias, *settings)  # type: ignore[no-any-return]
 
     methods = plain, getattr(cls, "_conv_forward", None)
     if name != "weight":
@@ -107,21 +119,25 @@ def _usable(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
 
     One function, as each call costs what several comparisons cost.
     """
-    if is_dynamo_compiling() or torch._C._is_tracing():
+    if is_dynamo_compiling() or torch._C._is_tracing() or _symbolic_trace._is_fx_tracing_flag:
         return None
     ready = known.get(id(layer))
     if ready is None:
         return _ready(layer, known)
-    raw, record = ready.raw, ready.record
+    raw, record, holds = ready.raw, ready.record, layer.__dict__
     if (
-        ready.version == raw._version
-        and ready.place == raw.data_ptr()
+        type(raw) is Watched  # else it may be one that counts nothing, and says so by an error
+        and ready.version == raw._version
+        and ready.place == raw.data_ptr()  # first: what lay elsewhere may have been freed
         and ready.token is record.token
         and (record.lent is None or ready.lent == record.lent._version)
         and ready.held.get("original") is raw
+        and ready.rules.get("0") is ready.rule
         and len(ready.rules) == 1  # no other parametrization has come
-        and ready.parameters.get("bias", raw) is ready.bias
-        and "weight" not in ready.parameters  # it is still parametrized
+        and ready.chains.get("weight") is ready.chain
+        and holds["_modules"].get("parametrizations") is ready.lists
+        and holds["_parameters"].get("bias", raw) is ready.bias
+        and "bias" not in holds  # it would hide the parameter
         and ready.sample == ready.picked.tolist()
         and not (raw.requires_grad and is_grad_enabled())
     ):
@@ -131,17 +147,19 @@ def _usable(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
 
 def _ready(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
     """The deployed weight, where it may be handed out without asking again; None where reading it does more."""
-    if not is_parametrized(layer, "weight"):
+    lists: Any = layer._modules.get("parametrizations")
+    chain: Any = None if lists is None else lists._modules.get("weight")
+    if chain is None:
+        known.pop(id(layer), None)  # torch has taken the parametrization off
         return None
-    chain: Any = chain_of(layer, "weight")
-    rule, raw = chain._modules["0"], chain._parameters.get("original")
+    rule, raw = chain._modules.get("0"), chain._parameters.get("original")
     if type(raw) is not Watched or type(rule) is not SpectralNormalization or len(chain._modules) > 1:
         return None
-    if rule.training or rule.scale is not None or (raw.requires_grad and is_grad_enabled()):
+    if rule.training or rule.scale is not None or (raw.requires_grad and is_grad_enabled()) or transformed(raw):
         return None
     value = rule.deployed(raw)
     picked = _sampled(raw) if type(raw) is Watched else None  # by now it may be an ordinary one
-    if picked is None or "bias" not in layer._parameters:
+    if picked is None or "bias" not in layer._parameters or "bias" in layer.__dict__:
         return None
     record, place = raw._record, id(layer)
     ready = known[place] = Ready(
@@ -153,12 +171,17 @@ def _ready(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
         0 if record.lent is None else record.lent._version,
         chain._parameters,
         chain._modules,
-        layer._parameters,
+        rule,
+        lists._modules,
+        chain,
+        lists,
         picked,
         picked.tolist(),
         value,
         layer._parameters["bias"],
         ref(layer, lambda _: known.pop(place, None)),  # another layer may come to lie there
+        known,
+        place,
     )
     rule.hand_out(ready)
     return ready
@@ -171,9 +194,9 @@ def _sampled(raw: Tensor) -> memoryview | None:
     """
     order = sorted(range(raw.ndim), key=raw.stride, reverse=True)
     flat = raw.detach().permute(order).reshape(-1)
-    if flat.data_ptr() != raw.data_ptr() or flat.is_conj():
+    if flat.data_ptr() != raw.data_ptr() or flat.is_conj() or flat.is_neg():
         return None
     bits = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
     step = max(1, len(bits) // _FEW)
-    every: Any = bits.view(_BITS[bits.element_size()]).numpy()
+    every: Any = np.from_dlpack(bits.view(_BITS[bits.element_size()]))  # `.numpy()` would forbid to resize the storage
     return memoryview(every)[step // 2 :: step]

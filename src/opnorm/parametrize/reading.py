@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from opnorm.parametrize.lazy import NormalizedWeight
 from opnorm.parametrize.spectral import SpectralNormalization
+from opnorm.parametrize.transforms import traced
 from opnorm.parametrize.watched import Watched
 
 
@@ -16,7 +16,7 @@ def read_directly(module: nn.Module, name: str) -> None:
     known: Any = getattr(type(module), name)
 
     def read(module: nn.Module) -> Tensor:
-        if is_dynamo_compiling() or torch._C._is_tracing():
+        if is_dynamo_compiling() or traced():
             return known.fget(module)  # type: ignore[no-any-return]
         chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         rule, raw = chain._modules["0"], chain._parameters.get("original")

@@ -185,6 +185,9 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
     cls = type(module)
     raw: Tensor = chain_of(module, name).original
     unwatch(raw)
+    rule = rule_of(module, name)
+    if rule is not None:
+        rule.hand_out(None)
     chains = cast(nn.ModuleDict, module.parametrizations)
     del chains[name]
     if len(chains):

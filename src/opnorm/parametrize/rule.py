@@ -34,6 +34,9 @@ class Rule(Protocol):
     def renew(self) -> None:
         """Take the weight for a new one at the next use."""
 
+    def spoilt(self) -> None:
+        """Make what is deployed anew, as somebody wrote to it."""
+
 
 class Handed(Protocol):
     """A deployed weight that is used without asking."""

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,15 @@ from opnorm.parametrize.divided import divided, divided_anywhere, division
 from opnorm.parametrize.estimate import Estimate, Iterations, Method
 from opnorm.parametrize.lazy import NormalizedWeight
 from opnorm.parametrize.rule import Handed
+from opnorm.parametrize.transforms import has_tangent
 from opnorm.parametrize.views import View
 from opnorm.parametrize.watched import watch
 
 SCALE_START = 5.0
 """Of theta: a scale of 0.993 K."""
+
+_HANDED_BY = frozenset({"training", "lipschitz", "scale"})
+"""What decides, besides the weight, whether and which deployed weight is used."""
 
 
 class SpectralNormalization(nn.Module):
@@ -68,8 +74,14 @@ class SpectralNormalization(nn.Module):
         self._estimate = Estimate()
         self._stored: Deployed | None = None
         self._verify = False
-        self.ready: Handed | None = None
+        self.ready: ref[Handed] | None = None
         self._sampler = values.Sampler()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's. What was handed out was made with the old value; some set `training` without `train()`."""
+        if name in _HANDED_BY and self.__dict__.get("ready") is not None:
+            self.hand_out(None)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, object]:
         """What a copy takes over: nothing that shows this weight's memory."""
@@ -94,7 +106,7 @@ class SpectralNormalization(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the raw weight that assigning to `layer.weight` sets: the value itself, to be divided again."""
-        return weight.materialised() if isinstance(weight, NormalizedWeight) else weight
+        return weight.materialised().clone() if isinstance(weight, NormalizedWeight) else weight
 
     def value(self, weight: Tensor) -> Tensor:
         """Return the normalised weight as a plain tensor; on the meta device, where there are no values, its shape."""
@@ -105,7 +117,7 @@ class SpectralNormalization(nn.Module):
         scale = self.bound()
         differentiable = torch.is_grad_enabled() and (weight.requires_grad or scale is not None)
         stored = None if self.training else self.deployed(weight, scale)
-        if stored is not None and not differentiable:
+        if stored is not None and not differentiable and not has_tangent(weight):
             return stored
         return divided(weight, division(self, self.triple(weight)), scale, stored)
 
@@ -182,7 +194,6 @@ class SpectralNormalization(nn.Module):
     def train(self, mode: bool = True) -> "SpectralNormalization":
         """Switch; the first evaluation after it compares every bit of the weight with what the proof was made for."""
         self._verify = True
-        self.hand_out(None)
         return super().train(mode)
 
     def renew(self) -> None:
@@ -191,11 +202,17 @@ class SpectralNormalization(nn.Module):
         self._verify = True
         self.hand_out(None)
 
+    def spoilt(self) -> None:
+        """Somebody wrote to the deployed weight: it is made anew."""
+        self._stored = None
+        self.hand_out(None)
+
     def hand_out(self, ready: Handed | None) -> None:
-        """Keep what is handed out without asking again; what was before it is over."""
-        if self.ready is not None:
-            self.ready.over()
-        self.ready = ready
+        """Know what is handed out without asking again; what was before it is over."""
+        before = None if self.ready is None else self.ready()
+        if before is not None:
+            before.over()
+        self.ready = None if ready is None else ref(ready)  # weak, as it holds this parametrization
 
     def reset_parameters(self) -> None:
         """Set the learned scale to its start, for models that are made on the meta device."""

@@ -64,6 +64,8 @@ class Watched(nn.Parameter):
         if torch.compiler.is_compiling():
             return self.detach()
         record = self._record
+        if record.lent is not None and not _lies_alike(record.lent, self):  # `set_`, `t_` and their like
+            record.token, record.lent = object(), None
         if record.lent is None:
             lent: Tensor = _DATA.__get__(self)
             if lent.is_inference():  # it counts nothing
@@ -115,6 +117,10 @@ def _begin(weight: Watched, lent: Tensor | None = None) -> None:
     weight._record = _by_place[weight.data_ptr()] = Record(weight, lent)
 
 
+def _lies_alike(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+
+
 def _can_watch(weight: Tensor) -> bool:
     """Not where other processes write; nor on accelerators, whose optimizers are slow for types they do not know."""
     shared: bool = weight.is_shared()  # type: ignore[no-untyped-call]
@@ -130,7 +136,7 @@ def watch(weight: Tensor) -> None:
     elif type(weight) is nn.Parameter:
         weight.__class__ = Watched
         _begin(cast(Watched, weight))
-    elif type(weight) is Watched and weight._record.own.data_ptr() != weight.data_ptr():
+    elif type(weight) is Watched and not _lies_alike(weight._record.own, weight):
         _begin(weight)
 
 
@@ -149,7 +155,7 @@ def stamp(weight: Tensor) -> Stamp | None:
     """
     place = weight.data_ptr()
     record = weight._record if type(weight) is Watched else _by_place.get(place) if type(weight) is Tensor else None
-    if record is None or (record.own.data_ptr(), record.own.shape) != (place, weight.shape):
+    if record is None or not _lies_alike(record.own, weight):
         return None
     return record.token, *record.counts(), place
 
@@ -165,7 +171,8 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if type(parameter) is Watched and parameter.grad is not None:
+            # A hook before this one may have set the gradient to None already.
+            if type(parameter) is Watched and (parameter.grad is not None or group.get("fused")):
                 parameter._record.token = object()
 
 
