@@ -56,7 +56,7 @@ TIGHT = {
 LOOSE = {
     "reflecting": (lambda: nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"), (16, 40, 40)),
     "replicating": (lambda: nn.Conv2d(16, 12, 5, padding=2, padding_mode="replicate"), (16, 36, 36)),
-    "replicating 1 x 1": (lambda: nn.Conv2d(24, 24, 1, padding=1, padding_mode="replicate"), (24, 32, 32)),
+    "replicating 1 x 1": (lambda: nn.Conv2d(64, 64, 1, padding=1, padding_mode="replicate"), (64, 24, 24)),
     "circular, odd stride": (lambda: nn.Conv2d(16, 24, 3, stride=2, padding=1, padding_mode="circular"), (16, 37, 37)),
     "circular, more than once around": (lambda: nn.Conv1d(48, 48, 4, padding=2, padding_mode="circular"), (48, 200)),
 }

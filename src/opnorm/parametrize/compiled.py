@@ -79,12 +79,12 @@ def triple(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
 def _(weight: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
     view = _owner(number).view
     dtype = compute_dtype(weight)
-    blocks, rows, columns = view.blocks, weight.shape[view.axis] // view.blocks, 0
+    blocks, rows = view.blocks, weight.shape[view.axis] // view.blocks
     columns = weight.numel() // (blocks * rows)
-    sigma = weight.new_empty(blocks, dtype=dtype.to_real())
+    sigma = weight.new_empty(1 if view.joint else blocks, dtype=dtype.to_real())
     if view.sampled:
         return sigma, weight.new_empty(blocks, rows, columns, dtype=dtype), weight.new_empty(0)
-    rank = 2 if view.frequencies else 1
+    rank = 2 if view.frequencies and not weight.is_complex() else 1
     return (
         sigma,
         weight.new_empty(blocks, rows, rank, dtype=dtype),
