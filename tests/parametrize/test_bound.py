@@ -188,3 +188,24 @@ def test_learned_scale_is_within_k():
         scales.append(matrix_norm(layer.eval().weight))
         layer.train()
     assert scales[0] < 1.0 < 2.9 < scales[1] <= 3.0
+
+
+@pytest.mark.parametrize("lost", [float("nan"), -1e4])
+def test_a_lost_learned_scale_is_named(lost):
+    layer = opnorm.spectral_norm(nn.Linear(6, 6), learn_scale=True).eval()
+    with torch.no_grad():
+        layer.parametrizations.weight[0].scale.fill_(lost)
+    with pytest.raises(opnorm.errors.WeightError, match=r"learned scale of Linear\.weight is (nan|0)"):
+        layer(torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_gradient_of_a_scaled_weight_is_that_of_its_values(training):
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(3, 4, dtype=torch.float64), lipschitz=3.0, learn_scale=True).train(training)
+    raw, c = layer.parametrizations.weight.original, torch.randn(4, 3, dtype=torch.float64)
+    (layer.weight * c).sum().backward()
+    exact = raw.detach().clone().requires_grad_()
+    scale = 3.0 * torch.sigmoid(layer.parametrizations.weight[0].scale.detach().double())
+    (scale * exact / torch.linalg.matrix_norm(exact, 2) * c).sum().backward()
+    torch.testing.assert_close(raw.grad, exact.grad, rtol=1e-5, atol=1e-7)

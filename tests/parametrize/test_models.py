@@ -44,6 +44,43 @@ def test_normalize_covers_every_parameter():
     assert matrix_norm(folded[3].weight) <= 2.0
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.position_bias, self.bias = nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(3))
+
+
+def changed_later():
+    layer = opnorm.spectral_norm(nn.Linear(3, 3, bias=False))
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+UNPROVED = {
+    "another parametrization later": (changed_later, {"parametrizations.weight.original": "skipped"}),
+    "biases within a softmax": (Attention, {"position_bias": "skipped", "bias": "skipped"}),
+    "biases in the sequence": (
+        lambda: nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True),
+        {"in_proj_weight": "skipped", "bias_k": "skipped", "bias_v": "skipped", "out_proj.weight": "skipped"},
+    ),
+    "biases of gates": (
+        lambda: nn.GRUCell(3, 2),
+        {"weight_ih": "skipped", "weight_hh": "skipped", "bias_ih": "bounded", "bias_hh": "bounded"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNPROVED)
+def test_coverage_claims_nothing_that_is_not_known(case):
+    make, expected = UNPROVED[case]
+    assert {row.name: row.status for row in opnorm.coverage(make()).rows} == expected
+
+
 def test_normalize_needs_the_sizes_only_where_the_norm_does():
     with pytest.raises(opnorm.errors.InputShapeError):
         opnorm.normalize(network())

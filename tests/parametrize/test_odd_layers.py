@@ -68,6 +68,8 @@ def test_extreme_weights_are_registered(make, factor):
 
 REFUSED = {
     "sparse gradients": (lambda: nn.Embedding(5, 3, sparse=True), ArgumentError, "sparse=False"),
+    "written when read": (lambda: nn.Embedding(5, 3, max_norm=1.0), ArgumentError, "max_norm=1.*max_norm=None"),
+    "written by a bag": (lambda: nn.EmbeddingBag(5, 3, max_norm=2.0), ArgumentError, "max_norm=None"),
     "stored in parts": (lambda: parametrizations.weight_norm(nn.Linear(3, 3)), ArgumentError, "WeightNorm.*remove_p"),
     "pruned": (lambda: prune.identity(nn.Linear(3, 3), "weight"), ArgumentError, r"weight_mask.*prune\.remove"),
     "empty": (lambda: nn.Embedding(0, 3), WeightError, r"shape \(0, 3\)"),

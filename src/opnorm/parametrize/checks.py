@@ -81,7 +81,12 @@ def checked_view(
 
 
 def _check_place(module: nn.Module, name: str, label: str) -> None:
-    """Refuse a weight that is computed from others, or whose gradient cannot have the form that was asked for."""
+    """Refuse a weight that is computed from others, that the layer writes to, or whose gradient cannot be sparse."""
+    if getattr(module, "max_norm", None) is not None:
+        raise ArgumentError(
+            f"{label} has max_norm={module.max_norm:g}: the layer writes to its weight whenever it is read, which a "
+            "weight that is computed cannot take; make the layer with max_norm=None, as no row is longer than the norm"
+        )
     if getattr(module, "sparse", False):
         raise ArgumentError(
             f"{label} is asked for sparse gradients, but that of a normalised weight has no zero rows, as the norm "

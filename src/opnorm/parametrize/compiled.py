@@ -116,7 +116,7 @@ def value(rule: Rule, weight: Tensor, number: int) -> Tensor:
     stored: Tensor | None = None
     if not rule.training:
         stored = deployed(weight.detach(), number, None if scale is None else scale.detach())
-        if stored is not None and not (torch.is_grad_enabled() and weight.requires_grad):
+        if stored is not None and not (torch.is_grad_enabled() and (weight.requires_grad or scale is not None)):
             return stored
     sigma, left, right = triple(weight.detach(), number)
     found = Triple(sigma, left, None if rule.view.sampled else right)

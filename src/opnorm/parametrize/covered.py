@@ -78,7 +78,7 @@ def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
     """
     flow = sequence(model) if example_input is None else run_once(model, example_input)
     rules = {
-        id(parameter): (rule_of(module, name), module)
+        id(parameter): (rule_of(module, name), module, chain[-1])
         for module in model.modules()
         for name, chain in getattr(module, "parametrizations", {}).items()
         for parameter in chain.parameters()
@@ -100,11 +100,13 @@ def _judged(
     owner: nn.Module, name: str, parameter: nn.Parameter, *, rules: dict[int, Any], known: set[int], flow: Flow
 ) -> tuple[Status, str]:
     if id(parameter) in rules:
-        rule, module = rules[id(parameter)]
+        rule, module, last = rules[id(parameter)]
+        if rule is not None and last is not rule:
+            return "skipped", f"{type(last).__name__} comes after the division and changes the weight of {rule.label}"
         return _of_rule(rule, module, parameter, flow)
     if uses_torch(owner, name.removesuffix("_orig")):
         return "skipped", "normalised by torch's spectral_norm, an estimate; opnorm.convert(model) proves it"
-    if "bias" in name:
+    if _is_added(owner, name, parameter):
         return "bounded", "a bias does not change distances"
     if isinstance(owner, BATCH_NORMS):
         return "skipped", f"{type(owner).__name__} scales by weight / sqrt(var + eps); fold_batch_norm=True folds it in"
@@ -113,6 +115,17 @@ def _judged(
     if id(parameter) in known:
         return "skipped", "not normalised"
     return "skipped", f"no rule for {type(owner).__name__}.{name}"
+
+
+def _is_added(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is one of torch's biases, added to the output of a linear map.
+
+    Not those that attention appends to the sequence or adds within the softmax, nor those of unknown layers.
+    """
+    of_torch = any(
+        kind is not nn.Module and kind.__module__.startswith("torch.nn.modules.") for kind in type(owner).__mro__
+    )
+    return of_torch and parameter.ndim == 1 and "bias" in name
 
 
 def _of_rule(

@@ -37,6 +37,8 @@ def divided(weight: Tensor, division: Division, scale: Tensor | None, stored: Te
     if weight.is_complex() or view.axis or transformed(weight):
         return divided_anywhere(weight, division, scale, stored)
     held = None if stored is None else view.matrices(stored)
+    if stored is not None and scale is not None:
+        lipschitz = float(scale.detach())  # what is stored is scaled already, and so is its gradient
     matrices: Tensor = Divide.apply(view.matrices(weight), triple, lipschitz, clip, held)  # type: ignore[no-untyped-call]
     return _scaled(view.weight(matrices, weight.shape), scale, stored)
 

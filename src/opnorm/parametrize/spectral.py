@@ -167,10 +167,9 @@ class SpectralNormalization(nn.Module):
         """Return the proved weight, computed when the raw weight is new. Treat it as read-only.
 
         Raises:
-            WeightError: if the weight holds NaN or infinite values.
+            WeightError: if the weight holds NaN or infinite values, or the learned scale is NaN or 0.
         """
-        # A learned scale is rounded, and may be rounded above K.
-        lipschitz = self.lipschitz if bound is None else min(self.lipschitz, float(bound.detach()))
+        lipschitz = self.lipschitz if bound is None else self._proved_bound(float(bound.detach()))
         if not sharding.several_processes():  # FSDP2 fills the parameters that it lends without counting
             watch(weight)
         found = up_to_date(
@@ -180,6 +179,15 @@ class SpectralNormalization(nn.Module):
         if found is not self._stored:
             self._stored, self._verify = found, False
         return found.value
+
+    def _proved_bound(self, scale: float) -> float:
+        """The learned scale, which single precision may have rounded above K."""
+        if not scale > 0:
+            raise WeightError(
+                f"the learned scale of {self.label} is {scale:g}, and no weight has that norm; repair the scale "
+                "parameter of its parametrization (reset_parameters() sets it to its start)"
+            )
+        return min(scale, self.lipschitz)
 
     # ---------------------------------------------------------------- when the weight is another
 
