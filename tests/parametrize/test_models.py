@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import opnorm
+from opnorm.parametrize.chains import normalised
 from parametrize.oracle import matrix_norm
 
 
@@ -84,6 +85,32 @@ def test_coverage_claims_nothing_that_is_not_known(case):
 def test_normalize_needs_the_sizes_only_where_the_norm_does():
     with pytest.raises(opnorm.errors.InputShapeError):
         opnorm.normalize(network())
+
+
+class Repeated(nn.Module):
+    """One layer that is called three times, by attention too, and one that is called once."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.attention = nn.MultiheadAttention(6, 2)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.attention(x, x, x)[0]
+            x = torch.relu(self.inner(x))
+        return self.last(x)
+
+
+def test_a_total_counts_every_call():
+    shared = nn.Linear(6, 6)
+    twice = opnorm.normalize(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(6, 2)), total=8.0)
+    assert [rule.lipschitz for *_, rule in normalised(twice)] == pytest.approx([2.0, 2.0])
+    shared = nn.Linear(6, 6)
+    held = nn.Sequential(opnorm.spectral_norm(shared, lipschitz=2.0), nn.ReLU(), shared, nn.Linear(6, 2))
+    assert opnorm.normalize(held, total=12.0)[3].parametrizations.weight[0].lipschitz == pytest.approx(3.0)
+    repeated = opnorm.normalize(Repeated(), torch.randn(4, 6), total=2.0**10)
+    assert {rule.lipschitz for *_, rule in normalised(repeated)} == {2.0}  # 3 x (in_proj, out_proj, inner) and last
 
 
 def test_total_skip_and_errors():

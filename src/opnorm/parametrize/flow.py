@@ -1,5 +1,6 @@
-"""What one run of a model tells: the input shape of every layer, and which layer feeds which."""
+"""What one run of a model tells: the input shape of every layer, how often it is called, and what it feeds."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from opnorm.parametrize.spectral import SpectralNormalization
 
 @dataclass
 class Flow:
-    """Recorded in one run: input shapes (None where they differ) and the module that read each module's output."""
+    """Recorded in one run: input shapes (None where they differ), calls, and who read each module's output."""
 
     shapes: dict[nn.Module, Shape | None] = field(default_factory=dict)
     readers: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
 
 
 def run_once(model: nn.Module, example_input: Any) -> Flow:
@@ -41,11 +43,15 @@ def run_once(model: nn.Module, example_input: Any) -> Flow:
         if isinstance(output, Tensor):
             made[id(output)] = (output, module)  # the tensor is kept, so that its id is not reused
 
+    def count(module: nn.Module, _: Any) -> None:
+        flow.calls.update([module, module.out_proj] if isinstance(module, nn.MultiheadAttention) else [module])
+
     leaves = [
         module for module in model.modules() if not list(module.children()) or hasattr(module, "parametrizations")
     ]
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
+    handles += [module.register_forward_pre_hook(count) for module in model.modules()]
     try:
         with _evaluating(model), torch.no_grad():
             model(*example_input) if isinstance(example_input, tuple) else model(example_input)
@@ -69,8 +75,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def sequence(model: nn.Module) -> Flow:
-    """What `nn.Sequential` says about which layer feeds which, without a run."""
-    flow = Flow()
+    """What the places of the layers and `nn.Sequential` say about calls and who feeds whom, without a run."""
+    flow = Flow(calls=Counter(module for _, module in model.named_modules(remove_duplicate=False)))
     for parent in model.modules():
         if isinstance(parent, nn.Sequential):
             flat = _flatten(parent)

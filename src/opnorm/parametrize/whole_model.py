@@ -17,7 +17,7 @@ from opnorm.parametrize.checks import Asked, check_options, checked_view, locate
 from opnorm.parametrize.covered import undoing
 from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, Shape, weights_of
-from opnorm.parametrize.flow import run_once, sequence
+from opnorm.parametrize.flow import Flow, run_once, sequence
 from opnorm.parametrize.register import attach
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -45,7 +45,9 @@ def normalize(
             sizes that they see in it; without it for every size.
         lipschitz: K of every weight.
         total: instead of `lipschitz`, the product of all K: each of the n weights gets the n-th root, of what those
-            that opnorm normalises already leave. It is the bound of a chain; branches add, see `opnorm.lipschitz`.
+            that opnorm normalises already leave. A layer counts as often as it is called with `example_input`, or
+            without as often as it stands in the model. It is the bound of a chain; branches add, see
+            `opnorm.lipschitz`.
         skip: names of modules to leave out; `*` stands for anything, and a name stands for all below it.
         mode: "divide" or "clip".
         norm: "operator" or "reshaped".
@@ -81,7 +83,10 @@ def normalize(
         raise ArgumentError(
             f"this {type(model).__name__} has no linear layer left to normalise; opnorm.coverage says why"
         )
-    each = lipschitz if total is None else _root(total, len(found), [rule.lipschitz for *_, rule in normalised(model)])
+    each = lipschitz
+    if total is not None:
+        held = [(rule.lipschitz, _calls(flow, module)) for _, module, _, rule in normalised(model)]
+        each = _root(total, sum(_calls(flow, module) for module, _ in found), held)
     paths = {module: path for path, module in model.named_modules()}
     asked = Asked(n_power_iterations, None, each, mode, norm, learn_scale)
     check_options(asked)
@@ -111,11 +116,15 @@ def _size(shapes: Mapping[nn.Module, Shape | None], module: nn.Module) -> Shape 
     return shapes.get(module) if isinstance(module, CONVOLUTIONS | TRANSPOSED) else None
 
 
-def _root(total: float, count: int, held: list[float]) -> float:
+def _calls(flow: Flow, module: nn.Module) -> int:
+    return max(1, flow.calls[module])
+
+
+def _root(total: float, count: int, held: list[tuple[float, int]]) -> float:
     """The largest number near the root whose power, times what other weights have already, is at most the total."""
     if not (math.isfinite(total) and total > 0):
         raise ArgumentError(f"total={total!r}: it is a positive number")
-    rest = Fraction(total) / math.prod(map(Fraction, held))
+    rest = Fraction(total) / math.prod(Fraction(lipschitz) ** calls for lipschitz, calls in held)
     each: float = float(rest) ** (1 / count)
     while Fraction(each) ** count > rest:
         each = math.nextafter(each, 0.0)
