@@ -1,13 +1,8 @@
 """Several processes: DDP, FSDP2 and tensor parallel agree with one process, and the ranks with each other."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -15,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import opnorm
+from distributed.processes import bit_identical, spawn, whole
 
 param = nn.utils.parametrizations.spectral_norm
 
@@ -41,10 +37,6 @@ def train(model, parameters, steps=3):
         optimizer.step()
 
 
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def compare(model, owner):
     """Train as one process would, and compare the outputs in training and in evaluation, which see every new step."""
     reference = normalised(plain())
@@ -55,9 +47,7 @@ def compare(model, owner):
         train(model.train(), owner.parameters())
         torch.testing.assert_close(whole(model(X)), reference(X))
         scales = torch.cat([owner[i].parametrizations.weight[0]._estimate.triple.sigma for i in (0, 2)])
-        found = [torch.empty_like(scales) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, scales)
-        assert all(torch.equal(other, scales) for other in found)
+        assert bit_identical(scales)
         model.eval()
         torch.testing.assert_close(whole(model(X)), reference.eval()(X))
 
@@ -203,21 +193,6 @@ def measured_and_projected(spread):
             torch.testing.assert_close(whole(found), expected)
 
 
-def run(rank, world, port):
-    warnings.filterwarnings("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    for scenario, arguments in SCENARIOS:
-        try:
-            scenario(*arguments)
-        except Exception as error:
-            error.add_note(f"in {scenario.__name__}{arguments}")
-            raise
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 SCENARIOS = [
     (ddp, (True,)),
     (ddp, (False,)),
@@ -238,7 +213,4 @@ SCENARIOS = [
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_equals_dense(world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run, (world, port), world)
+    spawn(world, SCENARIOS)

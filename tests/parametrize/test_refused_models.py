@@ -133,3 +133,7 @@ def test_the_monitor_shows_broken_weights_and_the_largest_of_stacked_matrices():
     assert found["1.in_proj_weight/norm"] == pytest.approx(matrix_norm(model[1].in_proj_weight[4:8]), rel=1e-5)
     assert found["1.in_proj_weight/stable_rank"] == pytest.approx(1.0, rel=1e-5)
     assert found["1.in_proj_weight/gap"] < 1e-5
+    assert math.isnan(opnorm.Monitor(model)()["0.weight/gap"])  # from the first call on
+    broken = opnorm.spectral_norm(nn.Linear(3, 3)).eval()
+    nn.init.constant_(broken.parametrizations.weight.original, math.nan)
+    assert math.isnan(opnorm.Monitor(broken)()["weight/norm"])

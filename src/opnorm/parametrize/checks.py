@@ -17,6 +17,7 @@ from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, is_stored, rule_of
 from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape, view_of
+from opnorm.parametrize.fully_sharded import managed
 from opnorm.parametrize.sharding import local
 from opnorm.parametrize.views import View
 
@@ -73,6 +74,11 @@ def checked_view(
         )
     if not replacing:
         _check_place(module, name, label)
+    if asked.learn_scale and managed(module):
+        raise ArgumentError(
+            f"{label} is sharded by fully_shard, which would not know the learned scale; normalise first, then "
+            "fully_shard"
+        )
     view = view_of(module, name, asked.norm, asked.dim, input_shape)
     raw: Tensor = _raw(module, name) if replacing else getattr(module, name)
     if raw.device.type != "meta" and not bool(torch.isfinite(local(raw)).all()):

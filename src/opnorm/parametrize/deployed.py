@@ -51,7 +51,8 @@ def up_to_date(
     if before is not None and before.lipschitz == lipschitz:
         if not sharding.agreed(weight, verify or not key.watched or key != before.key):
             return before
-        same = before.value.device == weight.device and values.fingerprint(weight) == before.bits
+        alike = before.value.device == weight.device and before.key.kind == key.kind
+        same = alike and values.fingerprint(weight) == before.bits
         if not sharding.agreed(weight, not same):
             return before._replace(key=key)
     with counted(), torch.no_grad(), on_device.without_autocast(weight), on_device.outside_transforms():

@@ -7,7 +7,7 @@ from torch import Tensor
 from opnorm.parametrize.blocks import Triple
 from opnorm.parametrize.division import Divide, composed, times
 from opnorm.parametrize.rule import Rule
-from opnorm.parametrize.sharding import is_sharded, spread
+from opnorm.parametrize.sharding import beside, is_sharded, spread
 from opnorm.parametrize.transforms import transformed
 from opnorm.parametrize.views import View
 
@@ -50,7 +50,7 @@ def divided_anywhere(
     view, triple, lipschitz, clip = division
     plain = view.weight(composed(view.matrices(weight), triple, lipschitz, clip), weight.shape)
     if stored is not None:  # the proved value, with the gradient of the estimate
-        plain = plain if scale is None else times(plain, scale.detach())
+        plain = plain if scale is None else times(plain, beside(scale.detach(), plain))
         plain = stored + (plain - plain.detach())
     return _scaled(plain, scale, stored)
 
@@ -58,4 +58,4 @@ def divided_anywhere(
 def _scaled(weight: Tensor, scale: Tensor | None, stored: Tensor | None) -> Tensor:
     if scale is None:
         return weight
-    return times(weight, scale if stored is None else scale / scale.detach())
+    return times(weight, beside(scale if stored is None else scale / scale.detach(), weight))

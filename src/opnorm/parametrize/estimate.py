@@ -49,12 +49,14 @@ class Estimate(NamedTuple):
         triple: the last good one; None before the first.
         age: values since registration or a fresh start.
         turn: steps so far, which take turns with what moves at some values only.
+        last: keys of the last sharded value and of the last whole one, which FSDP2 shows in turn.
     """
 
     key: values.Key | None = None
     triple: Triple | None = None
     age: int = 0
     turn: int = 0
+    last: Mapping[bool, values.Key] = {}
 
 
 class Method(NamedTuple):
@@ -80,13 +82,16 @@ def refreshed(
     """
     dtype = values.compute_dtype(weight)
     elsewhere = before.triple is not None and before.triple.sigma.device != weight.device
-    lost = before.triple is None or before.key is None or elsewhere or values.far(before.key, key)
+    sharded = sharding.is_sharded(weight)
+    last = before.last.get(sharded)
+    lost = before.triple is None or before.key is None or elsewhere or last is None or values.far(last, key)
     afresh = sharding.agreed(weight, lost)
     age, turns = 0 if afresh else before.age, count(before.turn + 1)
     broken = False
     try:
         with counted(), torch.no_grad(), on_device.without_autocast(weight), on_device.outside_transforms():
             raw = weight.detach().to(dtype)
+            raw = raw if sharding.one_matrix(raw, method.view.blocks) else sharding.gathered(raw)
             if afresh:
                 block, triple = _converged(method, raw)
             else:
@@ -103,8 +108,8 @@ def refreshed(
         broken = True
     turn = next(turns) - 1
     if broken:
-        return Estimate(None, before.triple, age, turn), None
-    return Estimate(key, triple, age, turn), block
+        return Estimate(None, before.triple, age, turn, before.last), None
+    return Estimate(key, triple, age, turn, {**before.last, sharded: key}), block
 
 
 def once_more(

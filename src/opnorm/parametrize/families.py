@@ -13,6 +13,7 @@ from opnorm.layers import to_operator
 from opnorm.norms.select import select
 from opnorm.operators import Conv, ConvTranspose
 from opnorm.parametrize.deployed import CONV_RTOL
+from opnorm.parametrize.fully_sharded import layer_class
 from opnorm.parametrize.views import View, conv_view, is_loose, matrix_view
 
 Norm = Literal["operator", "reshaped"]
@@ -96,7 +97,8 @@ def _operator_view(module: nn.Module, name: str, weight: Tensor, input_shape: Sh
 
 def _bare(module: nn.Module) -> nn.Module:
     """A layer of the same geometry without hooks, parametrizations and values."""
-    cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    cls = layer_class(type(module))
+    cls = cls.__bases__[0] if parametrize.is_parametrized(module) else cls
     other: nn.Module = object.__new__(cls)
     other.__dict__ = {
         **module.__dict__,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opnorm.parametrize.families import TRANSPOSED, Shape
+from opnorm.parametrize.fully_sharded import reshard
 from opnorm.parametrize.spectral import SpectralNormalization
 
 
@@ -58,6 +59,7 @@ def run_once(model: nn.Module, example_input: Any) -> Flow:
     finally:
         for handle in handles:
             handle.remove()
+        reshard(model)
     return flow
 
 

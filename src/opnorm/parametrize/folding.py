@@ -1,6 +1,5 @@
 """Plain torch again, with the normalised weights."""
 
-import copy
 from collections import Counter, defaultdict
 
 import torch
@@ -9,11 +8,15 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from opnorm.errors import ArgumentError
 from opnorm.parametrize.chains import chain_of, normalised
+from opnorm.parametrize.fully_sharded import whole_copy
 from opnorm.parametrize.register import proved_value, settle
 
 
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy in plain torch whose weights are those of evaluation, with nothing of opnorm left.
+
+    What FSDP2 shards is gathered, by all processes together, and the copy is whole on each; a weight that is parallel
+    by `parallelize_module` stays so.
 
     The copy's outputs, state dict and exported graph are those of a plain model; its weights have the proved norms.
 
@@ -30,7 +33,7 @@ def fold(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    plain = copy.deepcopy(model)
+    plain = whole_copy(model)
     found = normalised(plain)
     if not found:
         raise ArgumentError(f"nothing in this {type(model).__name__} is normalised by opnorm; there is nothing to fold")

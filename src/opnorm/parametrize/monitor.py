@@ -1,10 +1,12 @@
 """Norms of all weights during training, at the cost of two products with a few vectors each."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from opnorm.errors import WeightError
 from opnorm.parametrize import on_device
 from opnorm.parametrize.blocks import multiply
 from opnorm.parametrize.estimate import Iterations
@@ -65,8 +67,11 @@ class Monitor:
         """Return the current figures; NaN for a weight that holds NaN or infinite values."""
         found: dict[str, Tensor] = {}
         for label, (module, name, rule) in self._tracked.items():
-            for figure, value in _figures(rule, *current(module, name, rule.view.blocks)).items():
-                found[f"{label}/{figure}"] = value
+            try:
+                figures = _figures(rule, *current(module, name, rule.view.blocks))
+            except WeightError:  # at the first value, or in evaluation
+                figures = dict.fromkeys(("norm", "gap", "stable_rank"), torch.tensor(math.nan))
+            found |= {f"{label}/{figure}": value for figure, value in figures.items()}
         return on_device.read(found)
 
 
@@ -76,10 +81,10 @@ def _figures(rule: SpectralNormalization, weight: Tensor, divided: Tensor | None
     used = triple.sigma if divided is None else triple.sigma / divided
     # Of blocks with norms of their own the largest counts; where they share one, the vectors are of the largest.
     weighed = torch.linalg.vector_norm(triple.left, dim=(1, 2)) if rule.view.joint else used
-    top = weighed.argmax().reshape(1)
+    top = (weighed >= 0.999 * weighed.max()).int().argmax().reshape(1)  # of equals the first, whatever the rounding
     sigma = triple.sigma.max() if rule.view.joint else triple.sigma.index_select(0, top)[0]
     unit = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-    lengths = gathered(torch.linalg.vector_norm(matrices.flatten(1), dim=1)) / unit
+    lengths = gathered(torch.linalg.vector_norm(matrices, dim=(1, 2))) / unit
     rank = (lengths.square().sum() if rule.view.joint else lengths.square().index_select(0, top)[0]).to(sigma.dtype)
     nan = torch.full_like(sigma, float("nan"))
     gap = nan

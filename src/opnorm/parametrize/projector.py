@@ -13,7 +13,8 @@ from opnorm.parametrize.deployed import deploy
 from opnorm.parametrize.division import divisor
 from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape
-from opnorm.parametrize.sharding import as_before, gathered, is_sharded, replicated
+from opnorm.parametrize.fully_sharded import reshard
+from opnorm.parametrize.sharding import as_before, beside, gathered, placed
 from opnorm.parametrize.tracked import track
 
 
@@ -58,6 +59,7 @@ class Projector:
         skip: Iterable[str] = (),
     ) -> None:
         """Find the weights; nothing is computed or changed yet."""
+        self._model = model
         self._tracked = track(
             model, lipschitz=lipschitz, mode=mode, norm=norm, iterations=n_power_iterations,
             input_shapes=input_shapes, skip=skip,
@@ -88,6 +90,7 @@ class Projector:
         Raises:
             WeightError: if a weight holds NaN or infinite values; then none was divided.
         """
+        reshard(self._model)
         weights = {label: getattr(module, name) for label, (module, name, _) in self._tracked.items()}
         triples = {label: rule.triple(weights[label]) for label, (*_, rule) in self._tracked.items()}
         finite = on_device.read({label: gathered(torch.isfinite(w).all()) for label, w in weights.items()})
@@ -101,7 +104,7 @@ class Projector:
                 weight.copy_(as_before(whole, weight))
                 continue
             divided = divisor(triple.sigma, rule.lipschitz, rule.mode == "clip")
-            divided = replicated(divided, weight) if is_sharded(weight) else divided
+            divided = beside(divided, weight)
             matrices = rule.view.matrices(weight)
-            weight.copy_(rule.view.weight(matrices / divided[:, None, None], weight.shape))
+            weight.copy_(placed(rule.view.weight(matrices / divided[:, None, None], weight.shape), weight))
         return on_device.read({label: triple.sigma.max() for label, triple in triples.items()})

@@ -15,8 +15,9 @@ from opnorm.parametrize.checks import Asked, checked_view
 from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape, weights_of
 from opnorm.parametrize.forward import forward_directly
+from opnorm.parametrize.fully_sharded import follow, layer_class, managed, on_top
 from opnorm.parametrize.reading import read_directly
-from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst, follow_shards
+from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst
 from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.states import adopt_state
 from opnorm.parametrize.views import View
@@ -110,8 +111,9 @@ def attach(module: nn.Module, name: str, asked: Asked, view: View) -> None:
     forward_directly(module, name)
     setattr(type(module), PARALLELISED, ParallelizeFirst(label))  # a class of this layer's own, by torch
     chain = chain_of(module, name)
-    follow_shards(chain.original, chain, "original")
-    watch(chain.original)
+    follow(chain.original, (module, name), (chain, "original"))
+    if not managed(module):  # FSDP2 fills what it lends without counting, and takes its memory back
+        watch(chain.original)
     if raw.device.type != "meta":
         rule.triple(chain.original)
     module._register_load_state_dict_pre_hook(partial(adopt_state, name), with_module=True)  # type: ignore[no-untyped-call]
@@ -182,8 +184,9 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
     `torch.nn.utils.parametrize.remove_parametrizations` deletes the property from the layer's class, which a deep
     copy of the layer shares: removing it from a copy would break the original.
     """
-    cls = type(module)
-    raw: Tensor = chain_of(module, name).original
+    top, cls = type(module), layer_class(type(module))
+    chain = chain_of(module, name)
+    raw: Tensor = chain.original
     unwatch(raw)
     rule = rule_of(module, name)
     if rule is not None:
@@ -195,13 +198,14 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
         if all(rule_of(module, other) is None for other in chains):
             dropped.add(PARALLELISED)
         kept = {key: value for key, value in vars(cls).items() if key not in dropped}
-        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+        module.__class__ = on_top(top, type(cls.__name__, cls.__bases__, kept))
     else:
         del module.parametrizations
-        module.__class__ = cls.__bases__[0]
+        module.__class__ = on_top(top, cls.__bases__[0])
     if isinstance(raw, nn.Parameter):
         module.register_parameter(name, raw)
     else:
         module.register_buffer(name, raw)
+    follow(raw, (chain, "original"), (module, name))
     if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
         module._init_flat_weights()  # it keeps a list of its weights

@@ -3,6 +3,7 @@
 from torch import nn
 
 from opnorm.parametrize.chains import chain_of, normalised
+from opnorm.parametrize.sharding import is_sharded
 
 
 def update(model: nn.Module) -> int:
@@ -24,5 +25,7 @@ def update(model: nn.Module) -> int:
     found = normalised(model)
     for _, module, name, rule in found:
         rule.renew()
-        rule.triple(chain_of(module, name).original)
+        raw = chain_of(module, name).original
+        if not is_sharded(raw):  # the next forward refreshes it, where FSDP2 has gathered the weight anyway
+            rule.triple(raw)
     return len(found)

@@ -4,7 +4,6 @@ In training only vectors travel: the images of the block under the shards. In ev
 weight, which is gathered once for each new value.
 """
 
-import gc
 from typing import Any, cast
 
 import torch
@@ -50,6 +49,16 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def beside(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor that every process holds, such that it can be multiplied with a weight."""
+    return replicated(tensor, weight) if is_sharded(weight) else tensor
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return what all processes hold of a parameter, with its gradient."""
+    return cast(Tensor, cast(Any, parameter).full_tensor()) if is_sharded(parameter) else parameter
+
+
 def product(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Return `matrix @ vectors` in full on every process, bit for bit the same."""
     whole: Tensor = (matrix @ replicated(vectors, matrix)).full_tensor()  # type: ignore[attr-defined]
@@ -66,27 +75,30 @@ def gathered(weight: Tensor) -> Tensor:
     return weight.detach().full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
 
 
+def one_matrix(weight: Tensor, blocks: int) -> bool:
+    """Whether shards of a weight are rows or columns of the matrix that it is read as."""
+    return blocks == 1 and weight.ndim == 2
+
+
+def divisible(weight: Tensor, blocks: int) -> Tensor:
+    """Return a weight that may be reshaped to matrices: shards may be rows or columns of one, not of several."""
+    if not is_sharded(weight) or one_matrix(weight, blocks):
+        return weight
+    return cast(Tensor, weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim))  # type: ignore[attr-defined]
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """Spread what may be whole on every process as a weight is; nothing travels."""
+    if not is_sharded(like):
+        return value
+    return cast(Tensor, cast(Any, value).redistribute(placements=cast(Any, like).placements))
+
+
 def as_before(value: Tensor, like: Tensor) -> Tensor:
     """Spread a whole weight as another one is; the first process's bits are everyone's."""
     if not is_sharded(like):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
-
-
-def follow_shards(parameter: Tensor, module: torch.nn.Module, name: str) -> None:
-    """Tell FSDP2 that a parameter which it shards already has moved to another module.
-
-    Raises:
-        ArgumentError: if this version of torch keeps its books in another way.
-    """
-    for keeper in gc.get_referrers(parameter) if is_sharded(parameter) else ():
-        books = keeper if isinstance(keeper, dict) else getattr(keeper, "__dict__", {})
-        if books.get("sharded_param") is not parameter:
-            continue
-        info = books.get("_module_info")
-        if info is None or not hasattr(info, "param_name") or not hasattr(info, "module"):
-            raise ArgumentError("this version of torch cannot normalise what fully_shard has sharded; normalise first")
-        info.module, info.param_name = module, name
 
 
 PARALLELISED = "_distribute_module_applied"

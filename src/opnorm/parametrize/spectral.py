@@ -66,7 +66,7 @@ class SpectralNormalization(nn.Module):
         self.view, self.lipschitz, self.mode, self.iterations = view, lipschitz, mode, iterations
         self.label, self.norm = label, norm
         self.order: tuple[str, ...] = ()
-        self.scale = nn.Parameter(torch.tensor(SCALE_START)) if learn_scale else None
+        self.scale = nn.Parameter(torch.full((1,), SCALE_START)) if learn_scale else None
         for name in buffers.NAMES:
             self.register_buffer(name, None, persistent=False)
         self._number = compiled.enrol(self)
@@ -137,7 +137,7 @@ class SpectralNormalization(nn.Module):
         """The scale that a learned one has now, at most K."""
         if self.scale is None:
             return None
-        return self.lipschitz * torch.sigmoid(self.scale.to(values.compute_dtype(self.scale)))
+        return self.lipschitz * torch.sigmoid(sharding.whole(self.scale).to(values.compute_dtype(self.scale)))
 
     # ---------------------------------------------------------------- by what it is divided
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opnorm.parametrize.chains import rule_of
+from opnorm.parametrize.sharding import gathered
 from opnorm.parametrize.spectral import SCALE_START, SpectralNormalization
 
 
@@ -48,10 +49,10 @@ def adopt_state(
 def _adopt_scale(rule: SpectralNormalization, state: dict[str, Tensor], key: str, label: str) -> None:
     """Fill in a learned scale that the checkpoint does not have, and say where one has no place in the layer."""
     if rule.scale is not None and key not in state:
-        own = torch.tensor(SCALE_START) if rule.scale.is_meta else rule.scale.detach().clone()
+        own = torch.full((1,), SCALE_START) if rule.scale.is_meta else rule.scale.detach().clone()
         state[key] = own
         if state[key.removesuffix("scale") + "_extra_state"].numel():  # of an opnorm layer, so that it was used without
-            share = float(torch.sigmoid(own))
+            share = float(torch.sigmoid(gathered(own)))
             warnings.warn(
                 f"{label}: the checkpoint has no learned scale; this layer's own stays, {share:.4g} K", stacklevel=3
             )

@@ -62,10 +62,10 @@ class Sampler:
 
     def key(self, weight: Tensor, epoch: int) -> Key:
         """Return what stays the same as long as nobody wrote to the weight."""
-        weight = local(weight)
+        sharded, weight = is_sharded(weight), local(weight)
         seen = stamp(weight)
         version = seen or (-1 if weight.is_inference() else weight._version)
-        kind, pointer = (weight.dtype, weight.device), weight.data_ptr()
+        kind, pointer = (weight.dtype, weight.device, sharded), weight.data_ptr()
         if host_waits(weight):
             return Key(version, pointer, epoch, kind, None, True)
         place = (pointer, weight.dtype, weight.shape, weight.stride())
@@ -115,7 +115,7 @@ def fingerprint(weight: Tensor) -> tuple[int, ...]:
     weight = local(weight)
     real = torch.view_as_real(weight.detach().resolve_conj()) if weight.is_complex() else weight.detach()
     size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
-    bits = real.contiguous().view(size).reshape(real.shape[0], -1)
+    bits = real.contiguous().view(size).flatten(1)  # a process may hold no row
     sums = []
     for axis in (0, 1):
         total = bits.sum(axis, dtype=torch.int64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opnorm.norms.fourier import embedded, torus_sizes
 from opnorm.operators import Conv, ConvTranspose, Dense, LinearOperator
+from opnorm.parametrize.sharding import divisible
 
 Axes = tuple[int, ...]
 
@@ -57,6 +58,7 @@ class View:
 
     def matrices(self, weight: Tensor) -> Tensor:
         """Return the weight as (blocks, rows, columns * taps)."""
+        weight = divisible(weight, self.blocks)
         flat = weight if self.axis == 0 else weight.movedim(self.axis, 0)
         return flat.reshape(self.blocks, flat.shape[0] // self.blocks, -1)
 
