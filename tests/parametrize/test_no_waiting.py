@@ -36,7 +36,7 @@ def on_meta(model):
         raw = module.parametrizations[name].original
         triple = Triple(*(part if part is None else part.to("meta") for part in rule._estimate.triple))
         key = rule._sampler.key(raw, rule._epoch)
-        rule._estimate = rule._estimate._replace(triple=triple, key=key)
+        rule._estimate = rule._estimate._replace(triple=triple, key=key, last={False: key})
     return model
 
 
