@@ -194,7 +194,7 @@ def main() -> None:
     cases = {
         **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 4) for n in (32, 128)},
         "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 4),
-        "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 1),
+        "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 2),
         "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 25),
         "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 4),
     }
