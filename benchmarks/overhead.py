@@ -1,14 +1,14 @@
 """Training and evaluation time of a step: plain, torch's two spectral norms, opnorm's.
 
-    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about ten minutes
+    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about fifteen minutes
 
 A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
-unless --threads says otherwise, so that a busy machine slows all of them. Every fourth step of opnorm does more, so
-four rounds are one measurement: its time over the plain one's in the same rounds; figures are medians of these. A
-second plain network shows what the differences between two equal networks are. opnorm makes more iterations for the
+unless --threads says otherwise, so that a busy machine slows all of them. Every second step of opnorm does more, of a
+convolution every sixth, so six rounds are one measurement: its time over the plain one's in the same rounds; figures
+are medians of these. A second plain network shows what the differences between two equal networks are. opnorm makes more iterations for the
 first hundred values of a weight, a row of its own; the other rows of opnorm are what follows. deel-torchlip and
 orthogonium stand beside where they are installed, at the first batch size. They and adaptive take part in the first
-four rounds only, and in one step where that takes ten times the plain one's.
+six rounds only, and in one step where that takes ten times the plain one's.
 
 In evaluation the plain networks hold the very tensors that opnorm hands out, as two networks of the same shape differ
 by a percent or two by where their weights lie in memory.
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import opnorm
 
 FIRST_VALUES = 100
-GROUP = 4
+GROUP = 6
 SLOW = 10
 YOUNG = "opnorm, first 100 values"
 AGAIN = "plain, again"
@@ -185,7 +185,7 @@ def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=12, help="a multiple of four")
+    parser.add_argument("--rounds", type=int, default=12, help="a multiple of six")
     parser.add_argument("--only", default="", help="part of a case's name; with it nothing is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
