@@ -5,10 +5,10 @@
 A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
 unless --threads says otherwise, so that a busy machine slows all of them. Every second step of opnorm does more, of a
 convolution every sixth, so six rounds are one measurement: its time over the plain one's in the same rounds; figures
-are medians of these. A second plain network shows what the differences between two equal networks are. opnorm makes more iterations for the
-first hundred values of a weight, a row of its own; the other rows of opnorm are what follows. deel-torchlip and
-orthogonium stand beside where they are installed, at the first batch size. They and adaptive take part in the first
-six rounds only, and in one step where that takes ten times the plain one's.
+are medians of these. A second plain network shows what the differences between two equal networks are. opnorm makes
+more iterations for the first hundred values of a weight, a row of its own; the other rows of opnorm are what follows.
+deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive take
+part in the first six rounds only, and in one step where that takes ten times the plain one's.
 
 In evaluation the plain networks hold the very tensors that opnorm hands out, as two networks of the same shape differ
 by a percent or two by where their weights lie in memory.
