@@ -5,13 +5,14 @@
 A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
 unless --threads says otherwise, so that a busy machine slows all of them. Every second step of opnorm does more, of a
 convolution every sixth, so six rounds are one measurement: its time over the plain one's in the same rounds; figures
-are medians of these. A second plain network shows what the differences between two equal networks are. opnorm makes
-more iterations for the first hundred values of a weight, a row of its own; the other rows of opnorm are what follows.
-deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive take
-part in the first six rounds only, and in one step where that takes ten times the plain one's.
+are medians of these. opnorm makes more iterations for the first hundred values of a weight, a row of its own; the
+other rows of opnorm are what follows. deel-torchlip and orthogonium stand beside where they are installed, at the first
+batch size. They and adaptive take part in the first six rounds only, and in one step where that takes ten times the
+plain one's.
 
-In evaluation the plain networks hold the very tensors that opnorm hands out, as two networks of the same shape differ
-by a percent or two by where their weights lie in memory.
+Two equal networks differ by a few percent by where their tensors lie in memory, which a second plain network shows. For
+training all are built three times, in a new order; in evaluation the plain ones hold the very tensors that opnorm hands
+out.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import opnorm
 
 FIRST_VALUES = 100
 GROUP = 6
+BUILDS = 3
 SLOW = 10
 YOUNG = "opnorm, first 100 values"
 AGAIN = "plain, again"
@@ -123,15 +125,15 @@ def timed(step: Callable[[], object], repeats: int) -> float:
 def training(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
     """A training step of every variant."""
     steps = {}
-    rivals = others() if len(x) in {32, 64} else {}
-    for name, wrap in {**VARIANTS, **rivals}.items():
+    variants = {**VARIANTS, **(others() if len(x) in {32, 64} else {})}
+    for name, wrap in random.sample(list(variants.items()), len(variants)):
         model = build(wrap).train()
         if name in {"opnorm", "opnorm reshaped"}:
             for _ in range(FIRST_VALUES + 1):
                 opnorm.update(model)
         optimizer = torch.optim.Adam(model.parameters(), 2e-4)
         steps[name] = partial(train_step, model, optimizer, x)
-    return steps
+    return {name: steps[name] for name in variants}
 
 
 def evaluation(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
@@ -155,8 +157,8 @@ def on_the_same_memory(model: nn.Sequential) -> nn.Module:
     return plain
 
 
-def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Every variant's time relative to the plain one's in the same rounds."""
+def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every variant, a mean for each group of rounds."""
     first = {name: timed(step, 1) for name, step in steps.items()}  # proofs, caches and lazy initialisation
     again = {
         name: timed(step, 1) for name, step in steps.items() if first[name] < SLOW * first["plain"] or "opnorm" in name
@@ -171,13 +173,19 @@ def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int) -
             if done % GROUP == 0:
                 sums[name].append(0.0)
             sums[name][-1] += seconds / GROUP
-    plain = sums["plain"]
+    return sums
+
+
+def table(builds: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Every variant's time relative to the plain one's in the same rounds."""
     return {
         name: {
-            "seconds": statistics.median(found),
-            "overhead": statistics.median(x / p - 1 for x, p in zip(found, plain, strict=False)),
+            "seconds": statistics.median(x for found in builds for x in found[name]),
+            "overhead": statistics.median(
+                x / p - 1 for found in builds for x, p in zip(found[name], found["plain"], strict=False)
+            ),
         }
-        for name, found in sums.items()
+        for name in builds[0]
     }
 
 
@@ -185,16 +193,16 @@ def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=12, help="a multiple of six")
+    parser.add_argument("--rounds", type=int, default=12, help="of a training step and build: a multiple of six")
     parser.add_argument("--only", default="", help="part of a case's name; with it nothing is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.empty(6 << 20).sum()  # after this, the allocator takes all weights from one place
     half = partial(discriminator, width=32)
     cases = {
-        **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 4) for n in (32, 128)},
-        "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 4),
-        "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 2),
+        **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 2) for n in (32, 128)},
+        "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 2),
+        "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 1),
         "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 25),
         "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 4),
     }
@@ -208,7 +216,8 @@ def main() -> None:
         if arguments.only not in title:
             continue
         begin = time.perf_counter()
-        found = compare(steps(build, torch.randn(shape)), times * arguments.rounds, repeats)
+        x, builds = torch.randn(shape), BUILDS if steps is training else 1
+        found = table([compare(steps(build, x), times * arguments.rounds, repeats) for _ in range(builds)])
         report[title] = found
         print(f"{title}    ({time.perf_counter() - begin:.0f} s)", flush=True)
         for name, row in found.items():
