@@ -1,18 +1,18 @@
 """Training and evaluation time of a step: plain, torch's two spectral norms, opnorm's.
 
-    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about fifteen minutes
+    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about ten minutes
 
 A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
 unless --threads says otherwise, so that a busy machine slows all of them. Every second step of opnorm does more, of a
 convolution every sixth, so six rounds are one measurement: its time over the plain one's in the same rounds; figures
-are medians of these. opnorm makes more iterations for the first hundred values of a weight, a row of its own; the
-other rows of opnorm are what follows. deel-torchlip and orthogonium stand beside where they are installed, at the first
-batch size. They and adaptive take part in the first six rounds only, and in one step where that takes ten times the
-plain one's.
+are medians of these. opnorm makes more iterations for the first hundred values of a weight and most for the first
+twenty; a row of its own shows the first eight, the other rows of opnorm what follows after the hundred.
+deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive take
+part in the first build only, and in one step where that takes ten times the plain one's.
 
-Two equal networks differ by a few percent by where their tensors lie in memory, which a second plain network shows. For
-training all are built three times, in a new order; in evaluation the plain ones hold the very tensors that opnorm hands
-out.
+Two equal networks differ by a few percent by where their tensors lie in memory, as a second plain network shows. So the
+plain time is the mean of two networks, and for training all are built six times, in a new order; in evaluation the
+plain ones hold the very tensors that opnorm hands out.
 """
 
 import argparse
@@ -31,9 +31,9 @@ import opnorm
 
 FIRST_VALUES = 100
 GROUP = 6
-BUILDS = 3
+BUILDS = 6
 SLOW = 10
-YOUNG = "opnorm, first 100 values"
+YOUNG = "opnorm, first 8 values"
 AGAIN = "plain, again"
 
 
@@ -157,13 +157,12 @@ def on_the_same_memory(model: nn.Sequential) -> nn.Module:
     return plain
 
 
-def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every variant, a mean for each group of rounds."""
+def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int, few: set[str]) -> dict[str, list[float]]:
+    """Seconds of every variant, a mean for each group of rounds; for those of the first group only, one."""
     first = {name: timed(step, 1) for name, step in steps.items()}  # proofs, caches and lazy initialisation
     again = {
         name: timed(step, 1) for name, step in steps.items() if first[name] < SLOW * first["plain"] or "opnorm" in name
     }
-    few = {*OTHERS, "opnorm adaptive"}
     sums: dict[str, list[float]] = {name: [] if name in again else [first[name]] for name in steps}
     for done in range(rounds):
         turns = [name for name in again if done < GROUP or name not in few]
@@ -177,34 +176,35 @@ def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int) -
 
 
 def table(builds: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Every variant's time relative to the plain one's in the same rounds."""
-    return {
-        name: {
-            "seconds": statistics.median(x for found in builds for x in found[name]),
-            "overhead": statistics.median(
-                x / p - 1 for found in builds for x, p in zip(found[name], found["plain"], strict=False)
-            ),
-        }
-        for name in builds[0]
-    }
+    """Every variant's time relative to the mean of the plain ones' in the same rounds."""
+    rows = {}
+    for name in builds[0]:
+        ratios = [
+            2 * x / (p + q) - 1
+            for found in builds
+            for x, p, q in zip(found.get(name, []), found["plain"], found[AGAIN], strict=False)
+        ]
+        seconds = [x for found in builds for x in found.get(name, [])]
+        rows[name] = {"seconds": statistics.median(seconds), "overhead": statistics.median(ratios)}
+    return rows
 
 
 def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=12, help="of a training step and build: a multiple of six")
+    parser.add_argument("--rounds", type=int, default=6, help="for each build: a multiple of six")
     parser.add_argument("--only", default="", help="part of a case's name; with it nothing is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.empty(6 << 20).sum()  # after this, the allocator takes all weights from one place
     half = partial(discriminator, width=32)
     cases = {
-        **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 2) for n in (32, 128)},
-        "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 2),
+        **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 1) for n in (32, 128)},
+        "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 1),
         "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 1),
-        "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 25),
-        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 4),
+        "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 50),
+        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 8),
     }
     if arguments.only:
         cases |= {f"SN-GAN discriminator, batch {n}": (discriminator, (n, 3, 32, 32), training, 1, 1) for n in (1, 8)}
@@ -216,8 +216,11 @@ def main() -> None:
         if arguments.only not in title:
             continue
         begin = time.perf_counter()
-        x, builds = torch.randn(shape), BUILDS if steps is training else 1
-        found = table([compare(steps(build, x), times * arguments.rounds, repeats) for _ in range(builds)])
+        x, builds, few = torch.randn(shape), [], {*OTHERS, "opnorm adaptive"}
+        for done in range(BUILDS if steps is training else 1):
+            made = {name: step for name, step in steps(build, x).items() if done == 0 or name not in few}
+            builds.append(compare(made, times * arguments.rounds, repeats, few))
+        found = table(builds)
         report[title] = found
         print(f"{title}    ({time.perf_counter() - begin:.0f} s)", flush=True)
         for name, row in found.items():
