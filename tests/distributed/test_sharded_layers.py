@@ -166,13 +166,19 @@ def with_learned_scale():
         both(uneven, "shard first", normalise=scaled)
 
 
-def normalised_after_a_forward(kind, example):
-    """A forward leaves whole parameters in the model, and so does the run of `normalize`."""
+def after_a_forward(kind):
+    """A dense and a sharded model, in which a forward has left whole parameters, and the batch."""
     (dense, x), (sharded, _) = made(kind), made(kind)
     spread(sharded, layers=False)
+    with torch.no_grad():
+        dense(x), sharded(x)
+    return dense, sharded, x
+
+
+def normalised_after_a_forward(kind, example):
+    """The run of `normalize` leaves whole parameters in the model too."""
+    dense, sharded, x = after_a_forward(kind)
     for model in (dense, sharded):
-        with torch.no_grad():
-            model(x)
         opnorm.normalize(model, x) if example else opnorm.normalize(model)
     if not example:
         reshard(sharded)
@@ -181,11 +187,8 @@ def normalised_after_a_forward(kind, example):
 
 
 def projected_after_a_forward(kind, proved):
-    (dense, x), (sharded, _) = made(kind), made(kind)
-    spread(sharded, layers=False)
+    dense, sharded, _ = after_a_forward(kind)
     for model in (dense, sharded):
-        with torch.no_grad():
-            model(x)
         opnorm.Projector(model, 0.3).step_(proved=proved)
     reshard(sharded)
     for expected, found in zip(dense.parameters(), sharded.parameters(), strict=True):

@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from opnorm.parametrize.spectral import SpectralNormalization
+from opnorm.parametrize.watched import Watched
 
 
 def chain_of(module: nn.Module, name: str) -> ParametrizationList:
@@ -19,6 +20,14 @@ def rule_of(module: nn.Module, name: str = "weight") -> SpectralNormalization | 
     if not parametrize.is_parametrized(module, name):
         return None
     return next((rule for rule in chain_of(module, name) if isinstance(rule, SpectralNormalization)), None)
+
+
+def alone(chain: ParametrizationList) -> tuple[SpectralNormalization, Watched] | None:
+    """Return opnorm's parametrization and the raw weight, where there is no other and every write is noticed."""
+    rule, raw = chain._modules.get("0"), chain._parameters.get("original")
+    if type(raw) is Watched and type(rule) is SpectralNormalization and len(chain._modules) == 1:
+        return rule, raw
+    return None
 
 
 def is_stored(module: nn.Module, name: str) -> bool:

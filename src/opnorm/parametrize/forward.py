@@ -17,8 +17,10 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import _symbolic_trace
 
 from opnorm.layers.registry import comes_to_the_same
+from opnorm.parametrize.chains import alone
 from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.transforms import transformed
+from opnorm.parametrize.values import as_integers
 from opnorm.parametrize.watched import Record, Watched
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,8 +30,6 @@ _TRANSPOSED: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     nn.ConvTranspose2d.forward: F.conv_transpose2d,
     nn.ConvTranspose3d.forward: F.conv_transpose3d,
 }
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _FEW = 3
 """Entries that are looked at although writes are noticed: what NumPy and compiled fused steps write is not."""
@@ -65,7 +65,6 @@ class Ready:
 
     def over(self) -> None:
         """Let nobody use it again."""
-        self.version = -1  # no tensor has it
         if self.known.get(self.key) is self:
             self.known.pop(self.key, None)
 
@@ -152,9 +151,10 @@ def _ready(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
     if chain is None:
         known.pop(id(layer), None)  # torch has taken the parametrization off
         return None
-    rule, raw = chain._modules.get("0"), chain._parameters.get("original")
-    if type(raw) is not Watched or type(rule) is not SpectralNormalization or len(chain._modules) > 1:
+    pair = alone(chain)
+    if pair is None:
         return None
+    rule, raw = pair
     if rule.training or rule.scale is not None or (raw.requires_grad and is_grad_enabled()) or transformed(raw):
         return None
     value = rule.deployed(raw)
@@ -196,7 +196,7 @@ def _sampled(raw: Tensor) -> memoryview | None:
     flat = raw.detach().permute(order).reshape(-1)
     if flat.data_ptr() != raw.data_ptr() or flat.is_conj() or flat.is_neg():
         return None
-    bits = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
-    step = max(1, len(bits) // _FEW)
-    every: Any = np.from_dlpack(bits.view(_BITS[bits.element_size()]))  # `.numpy()` would forbid to resize the storage
+    real = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+    step = max(1, len(real) // _FEW)
+    every: Any = np.from_dlpack(as_integers(real))  # `.numpy()` would forbid to resize the storage
     return memoryview(every)[step // 2 :: step]

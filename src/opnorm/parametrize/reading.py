@@ -5,10 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from opnorm.parametrize.chains import alone
 from opnorm.parametrize.lazy import NormalizedWeight
-from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.transforms import traced
-from opnorm.parametrize.watched import Watched
 
 
 def read_directly(module: nn.Module, name: str) -> None:
@@ -19,9 +18,7 @@ def read_directly(module: nn.Module, name: str) -> None:
         if is_dynamo_compiling() or traced():
             return known.fget(module)  # type: ignore[no-any-return]
         chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-        rule, raw = chain._modules["0"], chain._parameters.get("original")
-        if type(raw) is Watched and type(rule) is SpectralNormalization and len(chain._modules) == 1:
-            return NormalizedWeight(rule, raw)
-        return known.fget(module)  # type: ignore[no-any-return]
+        pair = alone(chain)
+        return known.fget(module) if pair is None else NormalizedWeight(*pair)
 
     setattr(type(module), name, property(read, known.fset))

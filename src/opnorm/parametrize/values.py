@@ -114,11 +114,15 @@ def fingerprint(weight: Tensor) -> tuple[int, ...]:
     """
     weight = local(weight)
     real = torch.view_as_real(weight.detach().resolve_conj()) if weight.is_complex() else weight.detach()
-    size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
-    bits = real.contiguous().view(size).flatten(1)  # a process may hold no row
+    bits = as_integers(real.contiguous()).flatten(1)  # a process may hold no row
     sums = []
     for axis in (0, 1):
         total = bits.sum(axis, dtype=torch.int64)
         odd = 2 * torch.arange(len(total), device=total.device) + 1
         sums.append(int((total * odd * odd).sum()))
     return tuple(sums)
+
+
+def as_integers(real: Tensor) -> Tensor:
+    """Show the bits of real numbers as integers of their size, in the same memory."""
+    return real.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()])
