@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from opnorm.parametrize.chains import rule_of
 from opnorm.parametrize.checks import uses_torch
@@ -89,7 +89,7 @@ def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
     known = {id(getattr(o, n)) for m in model.modules() for o, n in weights_of(m) if n in o._parameters}
     rows = []
     for path, parameter in model.named_parameters():
-        if is_lazy(parameter):
+        if isinstance(parameter, UninitializedParameter):
             rows.append(Row(path, (), "skipped", "no shape before the first call"))
             continue
         owner = _owner(model, path)
