@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -220,6 +221,41 @@ def test_what_is_not_normalised_is_told_once(case):
 def test_coverage_of_a_layer_that_has_no_weights_yet():
     rows = opnorm.coverage(nn.Sequential(nn.LazyLinear(3))).rows
     assert {(row.status, row.reason) for row in rows} == {("skipped", "no shape before the first call")}
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)
+
+    def forward(self, image, scale=1.0):
+        image, scale = (image["image"], image["scale"]) if isinstance(image, dict) else (image, scale)
+        return self.norm(self.conv(image * scale))
+
+
+EXAMPLES = {
+    "one batch": X,
+    "a tuple": (X, 2.0),
+    "a dict": {"scale": 2.0, "image": X},
+    "the dict of a tokenizer": UserDict(image=X),
+    "a dict that is an argument": ({"image": X, "scale": 2.0},),
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_is_what_the_model_is_called_with(example):
+    model = opnorm.normalize(Pair().eval(), example, fold_batch_norm=True)
+    assert opnorm.coverage(model, example).where("normalised") and isinstance(model.norm, nn.Identity)
+    theirs = Pair()
+    nn.utils.parametrizations.spectral_norm(theirs.conv)
+    assert opnorm.convert(theirs, example, norm="operator").conv.parametrizations.weight[0].norm == "operator"
+
+
+@pytest.mark.parametrize("example", [{"picture": X}, {}, (X, 1.0, 2.0), {1: X}], ids=["name", "none", "many", "number"])
+@pytest.mark.parametrize("act", [opnorm.normalize, opnorm.coverage])
+def test_an_example_that_the_model_does_not_take_is_refused(act, example):
+    with pytest.raises(opnorm.errors.ArgumentError, match=r"^example_input does not fit Pair\.forward\(image, scale=1"):
+        act(Pair(), example)
 
 
 def test_fold_leaves_the_original_alone():

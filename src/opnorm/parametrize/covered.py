@@ -66,8 +66,11 @@ def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
 
     Args:
         model: a model, normalised or not; it is not changed.
-        example_input: one batch, or the tuple of the arguments; it tells which layer feeds a normalisation layer.
-            Without it only `nn.Sequential` tells.
+        example_input: one batch, the tuple of the arguments, or a dict of the named ones; it tells which layer feeds a
+            normalisation layer. Without it only `nn.Sequential` tells.
+
+    Raises:
+        ArgumentError: if the model does not take `example_input`.
 
     Example:
         >>> import torch, opnorm

@@ -41,8 +41,8 @@ def normalize(
     Args:
         model: changed in place, not at all where a layer is refused; weights that opnorm normalises already are left
             as they are.
-        example_input: one batch, or the tuple of the arguments. With it convolutions are normalised for the input
-            sizes that they see in it; without it for every size.
+        example_input: one batch, the tuple of the arguments, or a dict of the named ones. With it convolutions are
+            normalised for the input sizes that they see in it; without it for every size.
         lipschitz: K of every weight.
         total: instead of `lipschitz`, the product of all K: each of the n weights gets the n-th root, of what those
             that opnorm normalises already leave. A layer counts as often as it is called with `example_input`, or
@@ -63,8 +63,8 @@ def normalize(
         matrices of layers that opnorm does not know, which stay as they are.
 
     Raises:
-        ArgumentError: if there is nothing to normalise or to fold, a name in `skip` matches nothing, or both K's are
-            given.
+        ArgumentError: if there is nothing to normalise or to fold, a name in `skip` matches nothing, the model does not
+            take `example_input`, or both K's are given.
         InputShapeError: for a layer whose norm depends on its input's size, where that is not known.
         UnsupportedLayerError: for a linear layer whose `forward` is overridden.
 
