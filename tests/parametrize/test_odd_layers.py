@@ -1,6 +1,7 @@
 """Layers, weights and moments that are out of the ordinary: the bound holds, the modes agree, or an error says why."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -248,3 +249,39 @@ def test_torchs_removal_names_opnorms_or_leaves_a_plain_layer():
     state = nn.Linear(3, 3).state_dict()
     layer.load_state_dict(state)
     assert torch.equal(layer.weight, state["weight"])
+
+
+GEOMETRIES = {
+    "stride": (nn.Conv2d(2, 3, 3, padding=1), (2, 2)),
+    "padding": (nn.Conv1d(2, 3, 3), (1,)),
+    "padding_mode": (nn.Conv2d(2, 3, 3, padding=1), "circular"),
+    "dilation": (nn.Conv3d(2, 3, 2), (2, 1, 1)),
+    "groups": (nn.Conv2d(1, 4, 1, stride=2), 2),
+    "output_padding": (nn.ConvTranspose2d(2, 3, 3, stride=2), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_normalised_convolution_keeps_its_geometry(name):
+    layer, other = GEOMETRIES[name]
+    opnorm.spectral_norm(layer)
+    before = getattr(layer, name)
+    for normalised in (layer.eval(), copy.deepcopy(layer)):
+        with pytest.raises(ArgumentError, match=rf"{name}=.*remove_spectral_norm\(layer\), set {name}"):
+            setattr(normalised, name, other)
+        setattr(normalised, name, before)
+        assert getattr(normalised, name) == before
+    for free in (opnorm.fold(layer), opnorm.remove_spectral_norm(layer), opnorm.spectral_norm(layer, norm="reshaped")):
+        setattr(free, name, other)
+        assert getattr(free, name) == other
+
+
+@pytest.mark.parametrize(
+    "remove", [opnorm.remove_spectral_norm, partial(parametrize.remove_parametrizations, leave_parametrized=False)]
+)
+def test_a_geometry_is_free_where_only_another_weight_is_parametrized(remove):
+    layer = opnorm.spectral_norm(nn.Conv2d(2, 3, 3)).eval()
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+    remove(layer, "weight")
+    layer.stride = (2, 2)
+    assert layer(torch.randn(1, 2, 5, 5)).shape == (1, 3, 2, 2)
