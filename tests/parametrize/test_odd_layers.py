@@ -285,3 +285,19 @@ def test_a_geometry_is_free_where_only_another_weight_is_parametrized(remove):
     remove(layer, "weight")
     layer.stride = (2, 2)
     assert layer(torch.randn(1, 2, 5, 5)).shape == (1, 3, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_a_learned_scale_stays_real_in_a_complex_layer():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(4, 4), learn_scale=True)
+    layer(torch.randn(3, 4)).sum().backward()
+    layer.to(torch.complex64)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    for _ in range(3):
+        layer(torch.randn(3, 4, dtype=torch.complex64)).abs().sum().backward()
+        optimizer.step()
+    scale = layer.parametrizations.weight[0].scale
+    assert scale.dtype is torch.float32 and scale.grad is not None
+    bound = torch.sigmoid(scale).item()
+    assert bound * (1 - 1e-5) < torch.linalg.matrix_norm(layer.eval().weight.clone(), 2) <= bound * (1 + 1e-6)
