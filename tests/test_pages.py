@@ -1,15 +1,21 @@
 """The Python of the README and of the guides runs as it stands, page by page, each block after those before it."""
 
 import doctest
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SEVERAL_PROCESSES = ROOT / "docs" / "guides" / "distributed.md"
 PAGES = [
-    path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if BLOCK.search(path.read_text())
+    path
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if BLOCK.search(path.read_text()) and path != SEVERAL_PROCESSES
 ]
 
 READER_HAS = """
@@ -45,3 +51,14 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
             assert doctest.DocTestRunner(verbose=False).run(lines).failed == 0
         else:
             exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_script_for_several_processes_runs(tmp_path: Path) -> None:
+    page = SEVERAL_PROCESSES.read_text()
+    (told,) = re.findall(r"`torchrun (.*) script\.py`", page)
+    (tmp_path / "script.py").write_text("\n".join(BLOCK.findall(page)))
+    command = [sys.executable, "-m", "torch.distributed.run", *told.split(), "script.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("down.weight/norm") == 4, done.stdout

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import opnorm
@@ -67,9 +67,11 @@ def both(kind, order, layers=True, normalise=opnorm.normalize, **options):
     return dense, normalise(spread(sharded, layers, **options)), x
 
 
-def part(x):
-    count = len(x) // dist.get_world_size()
-    return x[dist.get_rank() * count :][:count]
+def part(x, parts=None):
+    """What this process trains on: neighbours share one part where there are fewer parts than processes."""
+    world = dist.get_world_size()
+    count = len(x) // (parts or world)
+    return x[dist.get_rank() * (parts or world) // world * count :][:count]
 
 
 def train(model, x, steps=5):
@@ -81,9 +83,9 @@ def train(model, x, steps=5):
         optimizer.step()
 
 
-def trained(dense, sharded, x, local=True, steps=5, **close):
+def trained(dense, sharded, x, parts=None, steps=5, **close):
     train(dense.train(), x, steps)
-    train(sharded.train(), part(x) if local else x, steps)
+    train(sharded.train(), part(x, parts), steps)
     close = {"rtol": 1e-4, "atol": 2e-5} | close
     for (name, expected), found in zip(dense.named_parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(whole(found), expected, msg=lambda text, name=name: f"{name}: {text}", **close)
@@ -260,8 +262,8 @@ def wide():
     return nn.Sequential(nn.Linear(65, 97), nn.ReLU(), nn.Linear(97, 33)), torch.randn(8, 65)
 
 
-def parallelised(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def parallelised(model, mesh=None):
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
     return parallelize_module(model, mesh, plan)
 
@@ -270,13 +272,49 @@ def tensor_parallel(options):
     (dense, x), (parallel, _) = made(wide), made(wide)
     opnorm.normalize(dense, **options)
     opnorm.normalize(parallelised(parallel), **options)
-    trained(dense, parallel, x, local=False)
+    trained(dense, parallel, x, parts=1)
     evaluated(dense, parallel, x)
     folded = opnorm.fold(parallel)
     with torch.no_grad():
         torch.testing.assert_close(whole(folded(x)), dense(x), rtol=1e-4, atol=1e-5)
     opnorm.remove_spectral_norm(parallel[0])
     assert isinstance(parallel[0].weight, DTensor)
+
+
+def mesh_of(*names):
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=names)
+
+
+def parallel_and_sharded(order, layers, options):
+    """FSDP2 over the rows of a mesh, of what is tensor parallel over its columns."""
+    mesh = mesh_of("dp", "tp")
+    (dense, x), (model, _) = made(wide), made(wide)
+    opnorm.normalize(dense, **options)
+    parallelised(model, mesh["tp"])
+    wraps = [lambda: opnorm.normalize(model, **options), lambda: spread(model, layers, mesh=mesh["dp"])]
+    for wrap in wraps if order == ORDERS[0] else reversed(wraps):
+        wrap()
+    for _ in range(2):
+        trained(dense, model, x, parts=mesh["dp"].size(), steps=3)
+        evaluated(dense, model, x)
+    for name, weight in weights(model).items():
+        assert 0.9 < np.linalg.norm(whole(weight).detach().double().numpy(), 2) <= 1, name
+    expected, found = opnorm.Monitor(dense)(), opnorm.Monitor(model)()
+    assert {name: pytest.approx(value, rel=1e-3, abs=1e-3) for name, value in expected.items()} == found
+    folded = opnorm.fold(model)
+    assert [weight.placements for weight in (folded[0].weight, folded[2].weight)] == [(Shard(0),), (Shard(1),)]
+    with torch.no_grad():
+        torch.testing.assert_close(whole(folded(x)), dense(x), rtol=1e-4, atol=1e-5)
+
+
+def hybrid(kind, order):
+    """FSDP2 within the rows of a mesh, and copies of the model in its columns."""
+    dense, sharded, x = both(kind, order, mesh=mesh_of("replicate", "shard"))
+    trained(dense, sharded, x)
+    evaluated(dense, sharded, x)
+    folded = opnorm.fold(sharded)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
 def what_travels_in_fsdp(order):
@@ -318,6 +356,9 @@ SCENARIOS = [
     (tensor_parallel, ({"learn_scale": True},)),
     (tensor_parallel, ({"mode": "clip", "lipschitz": 0.7},)),
     (what_travels_in_tensor_parallel, ()),
+    *((parallel_and_sharded, (order, order == ORDERS[0], {})) for order in ORDERS),
+    (parallel_and_sharded, (ORDERS[0], False, {"learn_scale": True})),
+    *((hybrid, (kind, order)) for kind, order in zip((uneven, images), ORDERS, strict=True)),
 ]  # fmt: skip
 
 

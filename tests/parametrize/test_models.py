@@ -1,6 +1,9 @@
 """Whole models: normalize, coverage, fold, removal, Projector, Monitor, update; and which layers there are."""
 
 import copy
+import re
+import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -162,6 +165,97 @@ def test_inert_layers_are_named(norm):
     with pytest.warns(UserWarning, match="0 is inert"):
         opnorm.normalize(nn.Sequential(nn.Conv2d(3, 4, 3), norm), torch.randn(1, 3, 8, 8))
     assert not opnorm.coverage(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).where("inert")
+
+
+class Conv1D(nn.Module):
+    """As that of `transformers`: a linear layer whose weight is stored the other way round."""
+
+    def __init__(self, columns, rows):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(columns, rows)), nn.Parameter(torch.zeros(rows))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.zeros(1, 1, 6)), nn.Parameter(torch.ones(6, 1, 1))
+        self.norms = nn.Sequential(nn.LayerNorm((6, 6)), nn.BatchNorm1d(6), nn.GroupNorm(2, 6))
+
+
+LEFT_OUT = {
+    "a layer of another library": (
+        [Conv1D(6, 6)],
+        (),
+        r"^not normalised: 1\.weight \(no rule for Conv1D\.weight\); .*skip",
+    ),
+    "one output": ([Conv1D(6, 1)], (), r"1\.weight \(no rule"),
+    "inside": ([nn.Sequential(nn.ReLU(), Conv1D(6, 6))], (), r"1\.1\.weight \(no rule"),
+    "several": (
+        [Conv1D(6, 6) for _ in range(9)],
+        (),
+        r"1\.weight \(.*5\.weight \([^,]*\) and 4 more, which opnorm\.cov",
+    ),
+    "skipped as a module": ([Conv1D(6, 6)], ["1"], None),
+    "skipped as a parameter": ([Conv1D(6, 6)], "1.weight", None),
+    "one of two skipped": ([Conv1D(6, 6), Conv1D(6, 6)], ["2"], r": 1\.weight \([^,]*\);"),
+    "its matrix is divided": ([opnorm.spectral_norm(Conv1D(6, 6), norm="reshaped")], (), None),
+    "factors, not maps": ([Scaled()], (), None),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_is_not_normalised_is_told_once(case):
+    layers, skip, message = LEFT_OUT[case]
+    model = nn.Sequential(nn.Linear(6, 6), *layers)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        opnorm.normalize(model, skip=skip)
+    assert len(told) == (message is not None)
+    assert not told or (re.search(message, str(told[0].message)) and told[0].filename == __file__)
+    assert "0.parametrizations.weight.original" in opnorm.coverage(model).where("normalised")
+
+
+def test_coverage_of_a_layer_that_has_no_weights_yet():
+    rows = opnorm.coverage(nn.Sequential(nn.LazyLinear(3))).rows
+    assert {(row.status, row.reason) for row in rows} == {("skipped", "no shape before the first call")}
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)
+
+    def forward(self, image, scale=1.0):
+        image, scale = (image["image"], image["scale"]) if isinstance(image, dict) else (image, scale)
+        return self.norm(self.conv(image * scale))
+
+
+EXAMPLES = {
+    "one batch": X,
+    "a tuple": (X, 2.0),
+    "a dict": {"scale": 2.0, "image": X},
+    "the dict of a tokenizer": UserDict(image=X),
+    "a dict that is an argument": ({"image": X, "scale": 2.0},),
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_is_what_the_model_is_called_with(example):
+    model = opnorm.normalize(Pair().eval(), example, fold_batch_norm=True)
+    assert opnorm.coverage(model, example).where("normalised") and isinstance(model.norm, nn.Identity)
+    theirs = Pair()
+    nn.utils.parametrizations.spectral_norm(theirs.conv)
+    assert opnorm.convert(theirs, example, norm="operator").conv.parametrizations.weight[0].norm == "operator"
+
+
+@pytest.mark.parametrize("example", [{"picture": X}, {}, (X, 1.0, 2.0), {1: X}], ids=["name", "none", "many", "number"])
+@pytest.mark.parametrize("act", [opnorm.normalize, opnorm.coverage])
+def test_an_example_that_the_model_does_not_take_is_refused(act, example):
+    with pytest.raises(opnorm.errors.ArgumentError, match=r"^example_input does not fit Pair\.forward\(image, scale=1"):
+        act(Pair(), example)
 
 
 def test_fold_leaves_the_original_alone():

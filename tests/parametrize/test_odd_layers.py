@@ -1,6 +1,7 @@
 """Layers, weights and moments that are out of the ordinary: the bound holds, the modes agree, or an error says why."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -248,3 +249,55 @@ def test_torchs_removal_names_opnorms_or_leaves_a_plain_layer():
     state = nn.Linear(3, 3).state_dict()
     layer.load_state_dict(state)
     assert torch.equal(layer.weight, state["weight"])
+
+
+GEOMETRIES = {
+    "stride": (nn.Conv2d(2, 3, 3, padding=1), (2, 2)),
+    "padding": (nn.Conv1d(2, 3, 3), (1,)),
+    "padding_mode": (nn.Conv2d(2, 3, 3, padding=1), "circular"),
+    "dilation": (nn.Conv3d(2, 3, 2), (2, 1, 1)),
+    "groups": (nn.Conv2d(1, 4, 1, stride=2), 2),
+    "output_padding": (nn.ConvTranspose2d(2, 3, 3, stride=2), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_normalised_convolution_keeps_its_geometry(name):
+    layer, other = GEOMETRIES[name]
+    opnorm.spectral_norm(layer)
+    before = getattr(layer, name)
+    for normalised in (layer.eval(), copy.deepcopy(layer)):
+        with pytest.raises(ArgumentError, match=rf"{name}=.*remove_spectral_norm\(layer\), set {name}"):
+            setattr(normalised, name, other)
+        setattr(normalised, name, before)
+        assert getattr(normalised, name) == before
+    for free in (opnorm.fold(layer), opnorm.remove_spectral_norm(layer), opnorm.spectral_norm(layer, norm="reshaped")):
+        setattr(free, name, other)
+        assert getattr(free, name) == other
+
+
+@pytest.mark.parametrize(
+    "remove", [opnorm.remove_spectral_norm, partial(parametrize.remove_parametrizations, leave_parametrized=False)]
+)
+def test_a_geometry_is_free_where_only_another_weight_is_parametrized(remove):
+    layer = opnorm.spectral_norm(nn.Conv2d(2, 3, 3)).eval()
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+    remove(layer, "weight")
+    layer.stride = (2, 2)
+    assert layer(torch.randn(1, 2, 5, 5)).shape == (1, 3, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_a_learned_scale_stays_real_in_a_complex_layer():
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(nn.Linear(4, 4), learn_scale=True)
+    layer(torch.randn(3, 4)).sum().backward()
+    layer.to(torch.complex64)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    for _ in range(3):
+        layer(torch.randn(3, 4, dtype=torch.complex64)).abs().sum().backward()
+        optimizer.step()
+    scale = layer.parametrizations.weight[0].scale
+    assert scale.dtype is torch.float32 and scale.grad is not None
+    bound = torch.sigmoid(scale).item()
+    assert bound * (1 - 1e-5) < torch.linalg.matrix_norm(layer.eval().weight.clone(), 2) <= bound * (1 + 1e-6)

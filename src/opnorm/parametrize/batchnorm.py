@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from opnorm.errors import ArgumentError
 from opnorm.parametrize.covered import BATCH_NORMS
+from opnorm.parametrize.example import run_on
 from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED
 from opnorm.parametrize.flow import run_once
 
@@ -78,7 +79,7 @@ def _output(model: nn.Module, example_input: Any) -> Tensor:
     try:
         model.eval()
         with torch.no_grad():
-            found = model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+            found = run_on(model, example_input)
     finally:
         for module, training in modes:
             module.training = training

@@ -33,8 +33,8 @@ def convert(
 
     Args:
         model: changed in place; not at all where a weight is refused.
-        example_input: one batch, or the tuple of the arguments, for norm="operator": convolutions are then normalised
-            for the input sizes that they see in it; without it for every size.
+        example_input: one batch, the tuple of the arguments, or a dict of the named ones, for norm="operator":
+            convolutions are then normalised for the input sizes that they see in it; without it for every size.
         norm: "reshaped" keeps the function: torch divides by the norm of the reshaped kernel, and so does this,
             but by its proved value instead of by an estimate from below. "operator" divides by the true norm.
         lipschitz: K.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from opnorm.parametrize.chains import rule_of
 from opnorm.parametrize.checks import uses_torch
@@ -16,6 +17,8 @@ Status = Literal["normalised", "bounded", "inert", "skipped"]
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 INSTANCE_NORMS = nn.modules.instancenorm._InstanceNorm
+
+_UNKNOWN = "no rule for"
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,11 @@ def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
 
     Args:
         model: a model, normalised or not; it is not changed.
-        example_input: one batch, or the tuple of the arguments; it tells which layer feeds a normalisation layer.
-            Without it only `nn.Sequential` tells.
+        example_input: one batch, the tuple of the arguments, or a dict of the named ones; it tells which layer feeds a
+            normalisation layer. Without it only `nn.Sequential` tells.
+
+    Raises:
+        ArgumentError: if the model does not take `example_input`.
 
     Example:
         >>> import torch, opnorm
@@ -86,10 +92,23 @@ def coverage(model: nn.Module, example_input: Any = None) -> Coverage:
     known = {id(getattr(o, n)) for m in model.modules() for o, n in weights_of(m) if n in o._parameters}
     rows = []
     for path, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            rows.append(Row(path, (), "skipped", "no shape before the first call"))
+            continue
         owner = _owner(model, path)
         status, reason = _judged(owner, path.rpartition(".")[2], parameter, rules=rules, known=known, flow=flow)
         rows.append(Row(path, tuple(parameter.shape), status, reason))
     return Coverage(tuple(rows))
+
+
+def unknown(model: nn.Module) -> dict[str, str]:
+    """Return the parameters that may be a linear map's but that no rule of opnorm reads, each with the reason."""
+    return {row.name: row.reason for row in coverage(model).rows if row.reason.startswith(_UNKNOWN) and _is_map(row)}
+
+
+def _is_map(row: Row) -> bool:
+    """Whether a parameter may be a matrix or a kernel, and not a vector or factors for channels."""
+    return len(row.shape) == 2 or sum(size > 1 for size in row.shape) > 1
 
 
 def _owner(model: nn.Module, path: str) -> nn.Module:
@@ -114,7 +133,7 @@ def _judged(
         return "skipped", f"{type(owner).__name__} has no Lipschitz bound over all inputs"
     if id(parameter) in known:
         return "skipped", "not normalised"
-    return "skipped", f"no rule for {type(owner).__name__}.{name}"
+    return "skipped", f"{_UNKNOWN} {type(owner).__name__}.{name}"
 
 
 def _is_added(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opnorm.parametrize.example import run_on
 from opnorm.parametrize.families import TRANSPOSED, Shape
 from opnorm.parametrize.fully_sharded import reshard
 from opnorm.parametrize.spectral import SpectralNormalization
@@ -25,7 +26,11 @@ class Flow:
 
 
 def run_once(model: nn.Module, example_input: Any) -> Flow:
-    """Run the model in evaluation mode, without gradients, and record shapes and readers. Nothing is left behind."""
+    """Run the model in evaluation mode, without gradients, and record shapes and readers. Nothing is left behind.
+
+    Raises:
+        ArgumentError: if the model does not take `example_input`.
+    """
     flow = Flow()
     made: dict[int, tuple[Tensor, nn.Module]] = {}
 
@@ -55,7 +60,7 @@ def run_once(model: nn.Module, example_input: Any) -> Flow:
     handles += [module.register_forward_pre_hook(count) for module in model.modules()]
     try:
         with _evaluating(model), torch.no_grad():
-            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+            run_on(model, example_input)
     finally:
         for handle in handles:
             handle.remove()

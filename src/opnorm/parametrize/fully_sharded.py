@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from opnorm.errors import ArgumentError
-from opnorm.parametrize.sharding import gathered, is_sharded
+from opnorm.parametrize.sharding import as_before, gathered
 
 _ITS_OWN = "torch.distributed.fsdp"
 _LEFT_BEHIND = "__composable_api", "_is_fsdp", "_fsdp"
@@ -73,13 +73,15 @@ def follow(parameter: Tensor, old: tuple[nn.Module, str], new: tuple[nn.Module, 
 
 
 def whole_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy that FSDP2 does not shard, with whole parameters; all processes gather them together."""
+    """Return a deep copy that FSDP2 does not shard; all processes gather its parameters together.
+
+    They are whole, or as parallel as they were before `fully_shard`.
+    """
     if not any(map(shards, model.modules())):
         return copy.deepcopy(model)
-    reshard(model)
     dropped = object()
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(gathered(p).clone(), p.requires_grad) for p in model.parameters() if is_sharded(p)
+        id(p): nn.Parameter(as_before(gathered(p).clone(), lent), p.requires_grad) for p, lent in _lent(model)
     }
     memo |= {id(hook): dropped for module in model.modules() for hooks in _hooks(module) for hook in hooks.values()
              if _of_fsdp(hook)}  # fmt: skip
@@ -100,6 +102,18 @@ def whole_copy(model: nn.Module) -> nn.Module:
             for number in [number for number, hook in hooks.items() if hook is dropped]:
                 del hooks[number]
     return whole
+
+
+def _lent(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Each parameter that FSDP2 shards, and what it lends for it, whose memory is freed: of use is how that lies."""
+    reshard(model)
+    sharded = list(model.parameters())
+    for module in model.modules():
+        if shards(module):
+            cast(Any, module).unshard()
+    lent = list(model.parameters())
+    reshard(model)
+    return [(own, other) for own, other in zip(sharded, lent, strict=True) if own is not other]
 
 
 def _unsharded(cls: type[nn.Module]) -> type[nn.Module]:

@@ -3,7 +3,7 @@
 It lets `F.linear` skip the division, and writes such as `torch.nn.init.normal_(layer.weight)` reach the raw weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -106,6 +106,13 @@ class NormalizedWeight(Tensor):
         if not self._separate:
             self._value, self._separate = value.clone(), True
 
+    def written(self) -> Tensor:
+        """Return the raw weight, which somebody writes to: what was computed from it is over."""
+        root = self._root
+        root._written, root._value = True, None
+        root._owner.renew()
+        return self._raw
+
     def viewed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "NormalizedWeight":
         """Return a view, through which an initialisation can still write."""
         other = NormalizedWeight(self._owner, func(self._raw.detach(), *args, **kwargs), self._root)
@@ -144,8 +151,7 @@ class NormalizedWeight(Tensor):
             if _writes(name):
                 return _write(first, func, args[1:], kwargs)
         if getattr(func, "__module__", "") == "torch.nn.init" or isinstance(kwargs.get("out"), NormalizedWeight):
-            _mark(args, kwargs)
-            args, kwargs = tree_map_only(NormalizedWeight, lambda weight: weight._raw, (args, kwargs))
+            args, kwargs = tree_map_only(NormalizedWeight, NormalizedWeight.written, (args, kwargs))
             with torch.no_grad():
                 return func(*args, **kwargs)
         return _read(func, args, kwargs)
@@ -169,6 +175,9 @@ class NormalizedWeight(Tensor):
         )
 
 
+Read = Callable[[NormalizedWeight], Tensor]
+
+
 def _direct(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's output without its weight, or None where the weight has to be computed first."""
     x, weight, *rest = args
@@ -182,15 +191,21 @@ def _direct(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor 
 
 def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call with the computed weights; what is deployed is neither written to nor given away to be written to."""
-    roots = {id(part._root): part._root for part in _parts((args, kwargs)) if isinstance(part, NormalizedWeight)}
-    if getattr(func, "__name__", "") in _GIVES_MEMORY:
-        for root in roots.values():
-            root.separate()
-    values = [root.materialised() for root in roots.values()]
-    before = [None if root._separate else value._version for root, value in zip(roots.values(), values, strict=True)]
-    result = _called(func, args, kwargs)
+    gives_memory = getattr(func, "__name__", "") in _GIVES_MEMORY
+    found: dict[int, tuple[NormalizedWeight, Tensor, int | None]] = {}
+
+    def read(weight: NormalizedWeight) -> Tensor:
+        root = weight._root
+        if id(root) not in found:
+            if gives_memory:
+                root.separate()
+            value = root.materialised()
+            found[id(root)] = root, value, None if root._separate else value._version
+        return weight.materialised()
+
+    result = _called(func, args, kwargs, read)
     again = False
-    for root, value, version in zip(roots.values(), values, before, strict=True):
+    for root, value, version in found.values():
         if version is None:
             continue
         if value._version != version:  # as `relu(weight, inplace=True)`, of which nothing tells before
@@ -200,7 +215,7 @@ def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             continue
         root.separate()
         again = True
-    return _called(func, args, kwargs) if again else result
+    return _called(func, args, kwargs, NormalizedWeight.materialised) if again else result
 
 
 def _parts(nested: object) -> Iterator[object]:
@@ -214,8 +229,8 @@ def _parts(nested: object) -> Iterator[object]:
         yield nested
 
 
-def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*_plain(args), **dict(zip(kwargs, _plain(tuple(kwargs.values())), strict=True)))
+def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read: Read) -> Any:
+    return func(*_plain(args, read), **dict(zip(kwargs, _plain(tuple(kwargs.values()), read), strict=True)))
 
 
 def _shares_memory(result: object, value: Tensor) -> bool:
@@ -225,14 +240,14 @@ def _shares_memory(result: object, value: Tensor) -> bool:
     return not core._functorch.is_functorch_wrapped_tensor(result) and bool(core._is_alias_of(result, value))
 
 
-def _plain(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with normalised weights computed; lists and tuples of tensors are searched too."""
+def _plain(values: tuple[Any, ...], read: Read) -> tuple[Any, ...]:
+    """The arguments with normalised weights read; lists and tuples of tensors are searched too."""
     found = []
     for value in values:
         if isinstance(value, NormalizedWeight):
-            found.append(value.materialised())
+            found.append(read(value))
         elif isinstance(value, list | tuple | dict):
-            found.append(tree_map_only(NormalizedWeight, NormalizedWeight.materialised, value))
+            found.append(tree_map_only(NormalizedWeight, read, value))
         else:
             found.append(value)
     return tuple(found)
@@ -262,16 +277,5 @@ def _write(weight: NormalizedWeight, func: Any, args: tuple[Any, ...], kwargs: d
         return weight
     with torch.no_grad():
         func(weight._raw.detach(), *args, **kwargs)
-    root = weight._root
-    root._written, root._value = True, None
-    root._owner.renew()
+    weight.written()
     return weight
-
-
-def _mark(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    def mark(weight: NormalizedWeight) -> NormalizedWeight:
-        weight._root._written, weight._root._value = True, None
-        weight._root._owner.renew()
-        return weight
-
-    tree_map_only(NormalizedWeight, mark, (args, kwargs))

@@ -16,6 +16,7 @@ from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape, weights_of
 from opnorm.parametrize.forward import forward_directly
 from opnorm.parametrize.fully_sharded import follow, layer_class, managed, on_top
+from opnorm.parametrize.held_geometry import hold_geometry
 from opnorm.parametrize.reading import read_directly
 from opnorm.parametrize.sharding import PARALLELISED, ParallelizeFirst
 from opnorm.parametrize.spectral import SpectralNormalization
@@ -109,6 +110,7 @@ def attach(module: nn.Module, name: str, asked: Asked, view: View) -> None:
     parametrize.register_parametrization(module, name, rule, unsafe=True)
     read_directly(module, name)
     forward_directly(module, name)
+    hold_geometry(module, name, view)
     setattr(type(module), PARALLELISED, ParallelizeFirst(label))  # a class of this layer's own, by torch
     chain = chain_of(module, name)
     follow(chain.original, (module, name), (chain, "original"))
@@ -194,7 +196,7 @@ def detach_parametrization(module: nn.Module, name: str) -> None:
     chains = cast(nn.ModuleDict, module.parametrizations)
     del chains[name]
     if len(chains):
-        dropped = {name, "__dict__", "__weakref__"} | ({"forward"} if name == "weight" else set())
+        dropped = {name, "__dict__", "__weakref__"} | ({"forward", "__setattr__"} if name == "weight" else set())
         if all(rule_of(module, other) is None for other in chains):
             dropped.add(PARALLELISED)
         kept = {key: value for key, value in vars(cls).items() if key not in dropped}

@@ -98,7 +98,17 @@ def as_before(value: Tensor, like: Tensor) -> Tensor:
     """Spread a whole weight as another one is; the first process's bits are everyone's."""
     if not is_sharded(like):
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    # To scatter it, torch asks for equal parts where one axis is cut by two axes of the mesh.
+    return placed(distribute_tensor(value, mesh, [Replicate()] * mesh.ndim), like)
+
+
+def lie_alike(value: Tensor, like: Tensor) -> bool:
+    """Whether two tensors are spread over the same processes in the same way."""
+    if not is_sharded(value) or not is_sharded(like):
+        return is_sharded(value) == is_sharded(like)
+    a, b = cast(Any, value), cast(Any, like)
+    return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
 
 
 PARALLELISED = "_distribute_module_applied"

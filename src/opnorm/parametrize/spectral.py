@@ -192,9 +192,18 @@ class SpectralNormalization(nn.Module):
     # ---------------------------------------------------------------- when the weight is another
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpectralNormalization":
-        """As a module's. What takes the vectors' place may hold anything, as after `to_empty`: a fresh start."""
-        before = self._buffers["y"]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """As a module's, but a learned scale stays real where the weight becomes complex.
+
+        What takes the vectors' place may hold anything, as after `to_empty`: a fresh start.
+        """
+        before, scale = self._buffers["y"], self.scale
+        kept = () if scale is None else (scale, scale.grad)
+
+        def apply(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied.real.clone() if applied.is_complex() and any(tensor is one for one in kept) else applied
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         if self._buffers["y"] is not before:
             self._estimate = self._estimate._replace(key=None)
         return self

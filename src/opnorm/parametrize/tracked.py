@@ -1,7 +1,6 @@
 """The linear weights of a model, each with an estimate of its norm that warm-starts itself."""
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
 
 from torch import Tensor, nn
 
@@ -9,6 +8,7 @@ from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.chains import chain_of, rule_of
 from opnorm.parametrize.checks import Asked, check_options, located
+from opnorm.parametrize.chosen import matching
 from opnorm.parametrize.division import divisor
 from opnorm.parametrize.estimate import Iterations
 from opnorm.parametrize.families import Norm, Shape, view_of, weights_of
@@ -43,9 +43,9 @@ def track(
     held: set[tuple[int, str]] = set()
     for path, module in model.named_modules():
         shape = shapes.pop(path, None)
-        matching = [pattern for pattern in left_out if fnmatch(path, pattern) or fnmatch(path, f"{pattern}.*")]
-        unused -= set(matching)
-        if matching:
+        skipped_by = matching(path, left_out)
+        unused -= skipped_by
+        if skipped_by:
             continue
         for owner, name in weights_of(module):
             if (id(owner), name) in held:

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -12,11 +11,12 @@ from torch import nn
 from opnorm.errors import ArgumentError
 from opnorm.norms.casting import Mode
 from opnorm.parametrize.batchnorm import fold_batch_norms
-from opnorm.parametrize.chains import normalised, rule_of
+from opnorm.parametrize.chains import normalised
 from opnorm.parametrize.checks import Asked, check_options, checked_view, located
+from opnorm.parametrize.chosen import left_message, to_normalise
 from opnorm.parametrize.covered import undoing
 from opnorm.parametrize.estimate import Iterations
-from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, Shape, weights_of
+from opnorm.parametrize.families import CONVOLUTIONS, TRANSPOSED, Norm, Shape
 from opnorm.parametrize.flow import Flow, run_once, sequence
 from opnorm.parametrize.register import attach
 
@@ -41,14 +41,15 @@ def normalize(
     Args:
         model: changed in place, not at all where a layer is refused; weights that opnorm normalises already are left
             as they are.
-        example_input: one batch, or the tuple of the arguments. With it convolutions are normalised for the input
-            sizes that they see in it; without it for every size.
+        example_input: one batch, the tuple of the arguments, or a dict of the named ones. With it convolutions are
+            normalised for the input sizes that they see in it; without it for every size.
         lipschitz: K of every weight.
         total: instead of `lipschitz`, the product of all K: each of the n weights gets the n-th root, of what those
             that opnorm normalises already leave. A layer counts as often as it is called with `example_input`, or
             without as often as it stands in the model. It is the bound of a chain; branches add, see
             `opnorm.lipschitz`.
-        skip: names of modules to leave out; `*` stands for anything, and a name stands for all below it.
+        skip: names of modules to leave out, or of parameters that opnorm knows no rule for; `*` stands for anything,
+            and a name stands for all below it.
         mode: "divide" or "clip".
         norm: "operator" or "reshaped".
         n_power_iterations: of each weight's estimate.
@@ -58,11 +59,12 @@ def normalize(
             that stays, as no linear layer feeds it alone.
 
     Returns:
-        The same model. A warning names the weights whose norm cannot matter, as a normalisation follows.
+        The same model. A warning names the weights whose norm cannot matter, as a normalisation follows, and one the
+        matrices of layers that opnorm does not know, which stay as they are.
 
     Raises:
-        ArgumentError: if there is nothing to normalise or to fold, a name in `skip` matches nothing, or both K's are
-            given.
+        ArgumentError: if there is nothing to normalise or to fold, a name in `skip` matches nothing, the model does not
+            take `example_input`, or both K's are given.
         InputShapeError: for a layer whose norm depends on its input's size, where that is not known.
         UnsupportedLayerError: for a linear layer whose `forward` is overridden.
 
@@ -78,7 +80,7 @@ def normalize(
     if fold_batch_norm and example_input is None:
         raise ArgumentError("fold_batch_norm=True needs example_input, which tells the layer before each BatchNorm")
     flow = sequence(model) if example_input is None else run_once(model, example_input)
-    found = _to_normalise(model, [skip] if isinstance(skip, str) else list(skip))
+    found, left = to_normalise(model, [skip] if isinstance(skip, str) else list(skip))
     if not found:
         raise ArgumentError(
             f"this {type(model).__name__} has no linear layer left to normalise; opnorm.coverage says why"
@@ -109,6 +111,8 @@ def normalize(
             "any scale; it bounds nothing",
             stacklevel=2,
         )
+    if left:
+        warnings.warn(left_message(left), stacklevel=2)
     return model
 
 
@@ -129,20 +133,3 @@ def _root(total: float, count: int, held: list[tuple[float, int]]) -> float:
     while Fraction(each) ** count > rest:
         each = math.nextafter(each, 0.0)
     return each
-
-
-def _to_normalise(model: nn.Module, skip: list[str]) -> list[tuple[nn.Module, str]]:
-    """The weights of all layers but those to be left out, each once."""
-    unused = set(skip)
-    found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
-        for owner, name in weights_of(module):
-            matching = [pattern for pattern in skip if fnmatch(path, pattern) or fnmatch(path, f"{pattern}.*")]
-            unused -= set(matching)
-            if not matching and rule_of(owner, name) is None:
-                found.setdefault((id(owner), name), (owner, name))
-    if unused:
-        raise ArgumentError(
-            f"skip={sorted(unused)} matches no linear layer; the names are those of model.named_modules()"
-        )
-    return list(found.values())
