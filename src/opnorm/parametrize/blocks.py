@@ -51,7 +51,7 @@ def krylov(apply: Map, adjoint: Map, y: Tensor, depth: int, lower: Map = lambda 
     Underwood, The block Lanczos method, 1977). Householder's factorisation keeps the basis orthonormal where
     another power adds nothing, as for a weight of low rank. `lower` takes an image to the space of y.
     """
-    left = torch.linalg.qr(apply(y))[0]
+    left = unit_columns(apply(y)) if y.shape[-1] == 1 else torch.linalg.qr(apply(y))[0]
     images = adjoint(left)
     for _ in range(depth - 1):
         known = left.shape[-1]
@@ -108,21 +108,21 @@ def _nonzero(values: Tensor) -> Tensor:
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Return `matrix @ vectors`, where only the vectors may be complex, in one pass over a real matrix.
 
-    The vectors are the rows of the product that is computed: on the CPU that order is several times faster for a few
-    vectors, and a single block goes past the batched kernels. One or two vectors go one by one.
+    The vectors are the rows of the product that is computed, each in one piece: on the CPU that is several times faster
+    for a few vectors, and a single block goes past the batched kernels.
     """
     if vectors.is_complex() and not matrix.is_complex():
-        both = multiply(matrix, torch.cat([vectors.real, vectors.imag], -1))
-        return torch.complex(*both.chunk(2, -1))
+        rows = _rows(matrix, torch.cat([vectors.real.mT, vectors.imag.mT], 1))
+        return torch.complex(*rows.chunk(2, 1)).mT
+    return _rows(matrix, vectors.mT.contiguous()).mT
+
+
+def _rows(matrix: Tensor, rows: Tensor) -> Tensor:
     if hasattr(matrix, "device_mesh"):  # a DTensor
         from opnorm.parametrize.sharding import product
 
-        return product(matrix, vectors)
-    if len(matrix) == 1 and vectors.shape[-1] <= 2 and 1 in matrix.stride()[1:]:
-        return torch.stack([matrix[0] @ vectors[0, :, i] for i in range(vectors.shape[-1])], -1)[None]
-    if len(matrix) == 1:
-        return (vectors[0].mT @ matrix[0].mT).mT[None]
-    return (vectors.mT @ matrix.mT).mT
+        return product(matrix, rows.mT).mT
+    return (rows[0] @ matrix[0].mT)[None] if len(matrix) == 1 else rows @ matrix.mT
 
 
 def converge(matrices: Tensor, width: int, *, tolerance: float = 1e-4, most: int = 60) -> tuple[Block, Triple]:

@@ -68,13 +68,12 @@ class ScaledConv(Function):
         if torch.is_grad_enabled():
             return (*_again(x, weight, gradient, division, shape, needs), None, None)
         d: Tensor | float = ctx.divisor
-        wanted = (needs[0], needs[1], needs[2] and not ctx.late)
         fed, kernel = (gradient / d, weight) if ctx.late else (gradient, weight / d)
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            fed, x, kernel, [len(weight)], *shape[:3], False, [0] * len(shape.stride), shape.groups, wanted
+            fed, x, kernel, [len(weight)], *shape[:3], False, [0] * len(shape.stride), shape.groups, needs
         )
         if needs[2] and ctx.late:
-            grad_bias = gradient.sum([axis for axis in range(gradient.ndim) if axis != 1])
+            grad_bias.mul_(d)
         if needs[1]:
             grad_weight = _with_direction(
                 grad_weight.contiguous(), kernel, division, 1.0 if ctx.late else d, (x, grad_x)

@@ -24,8 +24,11 @@ WIDTH = 4
 
 SMALL = 16
 
-SCOUT_WIDTH, ADAPTIVE_SCOUT_WIDTH = 2, 3
-"""Vectors at every other frequency of a convolution: the second is there when it overtakes the first."""
+SCOUT_WIDTH, ADAPTIVE_SCOUT_WIDTH = 1, 3
+"""Vectors at every other frequency of a convolution: where few values are close, the next are there in time."""
+
+YOUNG_SCOUTS, SCOUTS = 32, 16
+"""How many of them advance at a time."""
 
 NEW, YOUNG = 20, 100
 """Values of a weight, from registration or a fresh start, in which the estimate is made with more care: the first steps
@@ -148,9 +151,9 @@ def _begun(method: Method, raw: Tensor) -> tuple[Block, Triple]:
 
 
 def _advanced(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[int]) -> tuple[Block, Triple]:
-    if method.view.frequencies:
-        block = scouts.home(method.view, block)
     if method.iterations == "adaptive":
+        if method.view.frequencies:
+            block = scouts.home(method.view, block)
         # Whether it has settled is a decision of the host.
         least = ADAPTIVE_MOST if on_device.host_waits(raw) else ADAPTIVE_LEAST
         return blocks.iterate(
@@ -182,7 +185,7 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
         return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, depth)
     if rest:
         return frequencies.follow(view, matrices, block)
-    block = scouts.scouted(view, matrices, block, turn, depth)
+    block = scouts.scouted(view, matrices, scouts.home(view, block), turn, SCOUTS if old else YOUNG_SCOUTS, depth)
     return frequencies.step(view, matrices, block, depth)
 
 

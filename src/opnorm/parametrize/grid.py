@@ -59,10 +59,14 @@ def _tables(
     ]
     spacing = [2 * torch.pi / (n * s) for n, s in zip(counts, strides, strict=True)]
     everywhere = _points([[h * i for i in range(n)] for n, h in zip(counts, spacing, strict=True)])
-    # A frequency and its shift by a multiple of 2 pi / stride are the same map, up to a rotation; a real kernel is
-    # covered by half of what is left.
-    halved = [n if is_complex or axis else n // 2 + 1 for axis, n in enumerate(counts)]
-    grid = _points([[h * i for i in range(n)] for n, h in zip(halved, spacing, strict=True)])
+    # A frequency and its shift by a multiple of 2 pi / stride are the same map, up to a rotation; of a real kernel a
+    # frequency and its negative are conjugates.
+    places = [
+        place
+        for place in product(*map(range, counts))
+        if is_complex or place <= tuple(-i % n for i, n in zip(place, counts, strict=True))
+    ]
+    grid = [tuple(h * i for i, h in zip(place, spacing, strict=True)) for place in places]
     steps = [point for scale in _SCALES for point in _points([[0.0, h * scale, -h * scale] for h in spacing])]
 
     def placed(points: Points | list[tuple[float, ...]]) -> Tensor:
@@ -71,16 +75,16 @@ def _tables(
             points = [tuple(round(x / u) * u for x, u in zip(point, units, strict=True)) for point in points]
         return torch.tensor(list(dict.fromkeys(points)), dtype=torch.float64).to(device, dtype)
 
-    places = torch.tensor(positions, dtype=dtype, device=device)
+    taps = torch.tensor(positions, dtype=dtype, device=device)
     nearby, moves = placed(steps), placed([*steps, *everywhere] if len(everywhere) <= 256 else steps)
     return Tables(
-        places,
+        taps,
         classes,
         max(residues) + 1,
         classes[:, None] == classes[None, :],
         placed(grid),
-        Moves(moves, phases_of(places, moves)),
-        Moves(nearby, phases_of(places, nearby)),
+        Moves(moves, phases_of(taps, moves)),
+        Moves(nearby, phases_of(taps, nearby)),
         torch.tensor([0.8 * h for h in spacing], dtype=dtype, device=device),
     )
 

@@ -12,8 +12,6 @@ from opnorm.parametrize.grid import phases_of, tables
 from opnorm.parametrize.taps import apart, climbed, gather, space, together
 from opnorm.parametrize.views import View
 
-SCOUTS_A_STEP = 16
-
 
 def home(view: View, block: Block) -> Block:
     """Send the scouts back to their places: those that met at one maximum look all over again."""
@@ -22,11 +20,12 @@ def home(view: View, block: Block) -> Block:
     return Block(block.y, torch.cat([block.omega[:, :1], places], 1), block.scouts)
 
 
-def scouted(view: View, matrices: Tensor, block: Block, turn: int, depth: int = 1) -> Block:
-    """Advance the scouts whose turn it is."""
+def scouted(view: View, matrices: Tensor, block: Block, turn: int, most: int, depth: int = 1) -> Block:
+    """Advance the scouts whose turn it is, about equally many at each."""
     total = block.omega.shape[1] - 1
-    first = turn % -(-total // SCOUTS_A_STEP) * SCOUTS_A_STEP
-    return scout(view, matrices, block, first, min(first + SCOUTS_A_STEP, total), depth)
+    turns = -(-total // most)
+    part = turn % turns
+    return scout(view, matrices, block, total * part // turns, total * (part + 1) // turns, depth)
 
 
 def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, depth: int = 1) -> Block:
@@ -39,7 +38,8 @@ def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, dep
     phases = phases_of(table.positions, here)
     _, whole = space(table, matrices, apart(columns, omega.shape[1]), phases, depth)
     whole, scale = scaled(whole)
-    whole = whole @ ritz_rotation(gather(table, whole, phases))[..., :held]
+    if whole.shape[-1] > 1:
+        whole = whole @ ritz_rotation(gather(table, whole, phases))[..., :held]
     moved = climbed(table, whole[..., :1], here, phases, table.nearby).reshape(omega.shape)
     far = ((moved[:, 1:] - table.grid[first:last]).abs() > table.reach).any(-1, keepdim=True)
     omega = torch.cat([moved[:, :1], torch.where(far, omega[:, 1:], moved[:, 1:])], 1)
