@@ -112,8 +112,8 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
     for a few vectors, and a single block goes past the batched kernels.
     """
     if vectors.is_complex() and not matrix.is_complex():
-        rows = _rows(matrix, torch.cat([vectors.real.mT, vectors.imag.mT], 1))
-        return torch.complex(*rows.chunk(2, 1)).mT
+        parts = torch.view_as_real(vectors).permute(0, 3, 2, 1)  # shape: (blocks, 2, width, columns)
+        return torch.complex(*_rows(matrix, parts.flatten(1, 2).contiguous()).chunk(2, 1)).mT
     return _rows(matrix, vectors.mT.contiguous()).mT
 
 

@@ -12,7 +12,6 @@ from opnorm.parametrize.division import (
     coefficient,
     composed,
     readable_divisor,
-    shared,
     subtract_direction_,
 )
 
@@ -90,12 +89,8 @@ def _with_direction(
     """
     triple, matrices = division.triple, division.view.matrices(grad)
     x, grad_x = images
-    if grad_x is not None and x.numel() < grad.numel() and len(triple.sigma) == 1:
-        along = torch.linalg.vecdot(grad_x.flatten(), x.flatten())[None]
-    else:
-        along = shared(
-            torch.linalg.vecdot(matrices.flatten(1), division.view.matrices(kernel).flatten(1)), triple.sigma
-        )
+    a, b = (grad_x, x) if grad_x is not None and x.numel() < grad.numel() else (grad, kernel)
+    along = torch.dot(a.flatten(), b.flatten())[None]
     share = coefficient(triple.sigma, division.lipschitz, division.clip, along)
     subtract_direction_(matrices, triple, share, d)
     return grad

@@ -27,9 +27,6 @@ SMALL = 16
 SCOUT_WIDTH, ADAPTIVE_SCOUT_WIDTH = 1, 3
 """Vectors at every other frequency of a convolution: where few values are close, the next are there in time."""
 
-YOUNG_SCOUTS, SCOUTS = 32, 16
-"""How many of them advance at a time."""
-
 NEW, YOUNG = 20, 100
 """Values of a weight, from registration or a fresh start, in which the estimate is made with more care: the first steps
 of Adam add a large new direction, which one power iteration a step meets ten steps late."""
@@ -37,8 +34,8 @@ of Adam add a large new direction, which one power iteration a step meets ten st
 DEPTH = 2
 """Of the Krylov space for a new weight and in adaptive mode; afterwards it is one."""
 
-WHOLE_EVERY, CONV_WHOLE_EVERY = 2, 6
-"""Later, vectors other than the first, scouts and the frequency move at some values only."""
+WHOLE_EVERY, CONV_WHOLE_EVERY, SCOUTS_EVERY = 2, 3, 2
+"""Later, vectors other than the first, and the frequency, move at some values only, and scouts at some of these."""
 
 ADAPTIVE_TOLERANCE = 5e-5
 ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
@@ -185,7 +182,9 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
         return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, depth)
     if rest:
         return frequencies.follow(view, matrices, block)
-    block = scouts.scouted(view, matrices, scouts.home(view, block), turn, SCOUTS if old else YOUNG_SCOUTS, depth)
+    turn, rest = divmod(turn, SCOUTS_EVERY) if old else (turn, 0)
+    if not rest:
+        block = scouts.scouted(view, matrices, scouts.home(view, block), turn, depth, old=old)
     return frequencies.step(view, matrices, block, depth)
 
 

@@ -101,4 +101,4 @@ def _direction(left: Tensor, lifted: Tensor, matrices: Tensor) -> tuple[Tensor, 
     """`Re(left^H W lifted)` as an inner product with a real weight of rank two."""
     if matrices.is_complex():
         return left, lifted
-    return torch.cat([left.real, left.imag], -1), torch.cat([lifted.real, lifted.imag], -1)
+    return torch.view_as_real(left).flatten(2), torch.view_as_real(lifted).flatten(2)

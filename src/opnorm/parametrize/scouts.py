@@ -12,6 +12,9 @@ from opnorm.parametrize.grid import phases_of, tables
 from opnorm.parametrize.taps import apart, climbed, gather, space, together
 from opnorm.parametrize.views import View
 
+AT_ONCE, AT_ONCE_OLD = 32, 8
+"""How many advance together, of a young weight and of an old one."""
+
 
 def home(view: View, block: Block) -> Block:
     """Send the scouts back to their places: those that met at one maximum look all over again."""
@@ -20,9 +23,11 @@ def home(view: View, block: Block) -> Block:
     return Block(block.y, torch.cat([block.omega[:, :1], places], 1), block.scouts)
 
 
-def scouted(view: View, matrices: Tensor, block: Block, turn: int, most: int, depth: int = 1) -> Block:
-    """Advance the scouts whose turn it is, about equally many at each."""
-    total = block.omega.shape[1] - 1
+def scouted(view: View, matrices: Tensor, block: Block, turn: int, depth: int = 1, *, old: bool = False) -> Block:
+    """Advance the scouts whose turn it is; of an old weight only those at every second place take turns."""
+    total, most = block.omega.shape[1] - 1, AT_ONCE
+    if old:
+        total, most = -(-total // 2), AT_ONCE_OLD
     turns = -(-total // most)
     part = turn % turns
     return scout(view, matrices, block, total * part // turns, total * (part + 1) // turns, depth)
