@@ -183,9 +183,13 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
     if rest:
         return frequencies.follow(view, matrices, block)
     turn, rest = divmod(turn, SCOUTS_EVERY) if old else (turn, 0)
-    if not rest:
-        block = scouts.scouted(view, matrices, scouts.home(view, block), turn, depth, old=old)
-    return frequencies.step(view, matrices, block, depth)
+    if rest:
+        return frequencies.step(view, matrices, block)
+    first, last = scouts.on_turn(block, turn, old=old)
+    block = scouts.home(view, block)
+    if depth == 1:
+        return frequencies.survey(view, matrices, block, first, last)
+    return frequencies.step(view, matrices, scouts.scout(view, matrices, block, first, last, depth), depth)
 
 
 def _joined(view: View, triple: Triple) -> Triple:

@@ -20,7 +20,7 @@ from opnorm.parametrize.blocks import (
     unit_columns,
 )
 from opnorm.parametrize.grid import phases_of, tables
-from opnorm.parametrize.scouts import scout
+from opnorm.parametrize.scouts import scout, stayed
 from opnorm.parametrize.taps import climbed, gather, space, spread
 from opnorm.parametrize.views import View
 
@@ -48,6 +48,48 @@ def step(view: View, matrices: Tensor, block: Block, depth: int = 1) -> tuple[Bl
         Block(y, torch.cat([here, block.omega[:, 1:]], 1), block.scouts),
         Triple((lengths * scale)[:, 0, 0], *direction),
     )
+
+
+def survey(view: View, matrices: Tensor, block: Block, first: int, last: int) -> tuple[Block, Triple]:
+    """A `step` of depth one in which some scouts, of one vector each, take part: the weight is read twice for all."""
+    table, width = tables(view, block.omega.dtype, block.omega.device), block.y.shape[-1]
+    omega = torch.cat([block.omega[:, :1], block.omega[:, 1 + first : 1 + last]], 1)
+    phases = phases_of(table.positions, omega)  # shape: (blocks, 1 + scouts, taps)
+    y = torch.cat([block.y, block.scouts[..., first:last]], -1)
+    image = multiply(matrices, spread(table, y, _repeated(phases, width)))
+    left = torch.cat([torch.linalg.qr(image[..., :width])[0], unit_columns(image[..., width:])], -1)
+    whole, scale = scaled(multiply(matrices.mH, left))
+    rotation = ritz_rotation(gather(table, whole[..., :width], phases[:, :1]))
+    whole = torch.cat([whole[..., :width] @ rotation, whole[..., width:]], -1)
+    here = climbed(table, whole[..., :1], omega[:, :1], phases[:, :1], table.moves)
+    there = climbed(table, whole[..., width:], omega[:, 1:], phases[:, 1:], table.nearby)
+    omega = torch.cat([here, stayed(table, there, omega[:, 1:], first, last)], 1)
+    y, lengths = normalised(gather(table, whole, _repeated(phases_of(table.positions, omega), width)))
+    gains = torch.cat([lengths[..., :1], lengths[..., width:]], -1)
+    winner = gains.argmax(-1, keepdim=True)  # shape: (blocks, 1, 1)
+    place = torch.where(winner == 0, winner, winner + width - 1)
+    best = y.gather(-1, place.expand(-1, y.shape[1], 1))
+    others = torch.where(winner == 0, y[..., 1:width], y[..., : width - 1])
+    there = omega.gather(1, winner.expand(-1, 1, omega.shape[-1]))
+    left = torch.cat([left[..., :width] @ rotation[..., :1], left[..., width:]], -1)
+    direction = _direction(
+        left.gather(-1, winner.expand(-1, left.shape[1], 1)),
+        spread(table, best, phases_of(table.positions, there)),
+        matrices,
+    )
+    return (
+        Block(
+            torch.cat([best, others], -1),
+            torch.cat([there, block.omega[:, 1 : 1 + first], omega[:, 1:], block.omega[:, 1 + last :]], 1),
+            torch.cat([block.scouts[..., :first], y[..., width:], block.scouts[..., last:]], -1),
+        ),
+        Triple((gains.amax(-1, keepdim=True) * scale)[:, 0, 0], *direction),
+    )
+
+
+def _repeated(phases: Tensor, width: int) -> Tensor:
+    """The phases of each vector: of all tracked ones the first, of each scout its own."""
+    return torch.cat([phases[:, :1].expand(-1, width, -1), phases[:, 1:]], 1)
 
 
 def follow(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:

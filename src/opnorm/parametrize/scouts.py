@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opnorm.parametrize.blocks import Block, normalised, ritz_rotation, scaled
-from opnorm.parametrize.grid import phases_of, tables
+from opnorm.parametrize.grid import Tables, phases_of, tables
 from opnorm.parametrize.taps import apart, climbed, gather, space, together
 from opnorm.parametrize.views import View
 
@@ -23,14 +23,20 @@ def home(view: View, block: Block) -> Block:
     return Block(block.y, torch.cat([block.omega[:, :1], places], 1), block.scouts)
 
 
-def scouted(view: View, matrices: Tensor, block: Block, turn: int, depth: int = 1, *, old: bool = False) -> Block:
-    """Advance the scouts whose turn it is; of an old weight only those at every second place take turns."""
+def on_turn(block: Block, turn: int, *, old: bool) -> tuple[int, int]:
+    """Return which scouts advance, from the first to before the last; of an old weight, every second takes turns."""
     total, most = block.omega.shape[1] - 1, AT_ONCE
     if old:
         total, most = -(-total // 2), AT_ONCE_OLD
     turns = -(-total // most)
     part = turn % turns
-    return scout(view, matrices, block, total * part // turns, total * (part + 1) // turns, depth)
+    return total * part // turns, total * (part + 1) // turns
+
+
+def stayed(table: Tables, moved: Tensor, before: Tensor, first: int, last: int) -> Tensor:
+    """Where scouts have moved to, and where they were if that is too far from their places."""
+    far = ((moved - table.grid[first:last]).abs() > table.reach).any(-1, keepdim=True)
+    return torch.where(far, before, moved)
 
 
 def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, depth: int = 1) -> Block:
@@ -46,8 +52,7 @@ def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, dep
     if whole.shape[-1] > 1:
         whole = whole @ ritz_rotation(gather(table, whole, phases))[..., :held]
     moved = climbed(table, whole[..., :1], here, phases, table.nearby).reshape(omega.shape)
-    far = ((moved[:, 1:] - table.grid[first:last]).abs() > table.reach).any(-1, keepdim=True)
-    omega = torch.cat([moved[:, :1], torch.where(far, omega[:, 1:], moved[:, 1:])], 1)
+    omega = torch.cat([moved[:, :1], stayed(table, moved[:, 1:], omega[:, 1:], first, last)], 1)
     y, lengths = normalised(gather(table, whole, phases_of(table.positions, omega.flatten(0, 1)[:, None])))
     gains = (lengths * scale)[:, 0, 0].reshape(omega.shape[:2])
     winner = gains.argmax(-1)[:, None, None]  # shape: (blocks, 1, 1)
