@@ -4,18 +4,21 @@
 
 A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
 unless --threads says otherwise, so that a busy machine slows all of them. Every second step of opnorm does more, of a
-convolution every sixth, so six rounds are one measurement: its time over the plain one's in the same rounds; figures
-are medians of these. opnorm makes more iterations for the first hundred values of a weight and most for the first
-twenty; a row of its own shows the first eight, the other rows of opnorm what follows after the hundred.
-deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive take
-part in the first build only, and in one step where that takes ten times the plain one's.
+convolution every fourth and eighth. So rounds come in groups of eight: of each place in a group the median of the time
+over the plain one's in the same round is taken, and the figure is the mean of the eight. opnorm makes more iterations
+for the first hundred values of a weight and most for the first twenty; a row of its own shows the first eight, the
+other rows of opnorm what follows after the hundred. deel-torchlip and orthogonium stand beside where they are
+installed, at the first batch size. They and adaptive take part in the first build only, and in one step where that
+takes ten times the plain one's; what is no line of its own of the comparison takes part in the first group of each.
 
 Two equal networks differ by a few percent by where their tensors lie in memory, as a second plain network shows. So the
 plain time is the mean of two networks, and for training all are built six times, in a new order; in evaluation the
-plain ones hold the very tensors that opnorm hands out.
+plain ones hold the very tensors that opnorm hands out. The allocator gives no memory back between steps, as the time of
+getting it again is no network's own.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import random
 import statistics
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 import opnorm
 
 FIRST_VALUES = 100
-GROUP = 6
+GROUP = 8
 BUILDS = 6
 SLOW = 10
 YOUNG = "opnorm, first 8 values"
@@ -158,53 +161,64 @@ def on_the_same_memory(model: nn.Sequential) -> nn.Module:
 
 
 def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int, few: set[str]) -> dict[str, list[float]]:
-    """Seconds of every variant, a mean for each group of rounds; for those of the first group only, one."""
+    """Seconds of every variant in each round; of `few`, in those of the first group."""
     first = {name: timed(step, 1) for name, step in steps.items()}  # proofs, caches and lazy initialisation
     again = {
         name: timed(step, 1) for name, step in steps.items() if first[name] < SLOW * first["plain"] or "opnorm" in name
     }
-    sums: dict[str, list[float]] = {name: [] if name in again else [first[name]] for name in steps}
+    found: dict[str, list[float]] = {name: [] if name in again else [first[name]] for name in steps}
     for done in range(rounds):
         turns = [name for name in again if done < GROUP or name not in few]
         random.shuffle(turns)
         for name in turns:
-            seconds = timed(steps[name], repeats)
-            if done % GROUP == 0:
-                sums[name].append(0.0)
-            sums[name][-1] += seconds / GROUP
-    return sums
+            found[name].append(timed(steps[name], repeats))
+    return found
 
 
 def table(builds: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Every variant's time relative to the mean of the plain ones' in the same rounds."""
     rows = {}
     for name in builds[0]:
-        ratios = [
-            2 * x / (p + q) - 1
-            for found in builds
-            for x, p, q in zip(found.get(name, []), found["plain"], found[AGAIN], strict=False)
-        ]
-        seconds = [x for found in builds for x in found.get(name, [])]
-        rows[name] = {"seconds": statistics.median(seconds), "overhead": statistics.median(ratios)}
+        seconds: list[list[float]] = [[] for _ in range(GROUP)]
+        ratios: list[list[float]] = [[] for _ in range(GROUP)]
+        for found in builds:
+            each = zip(found.get(name, []), found["plain"], found[AGAIN], strict=False)
+            for done, (x, p, q) in enumerate(each):
+                seconds[done % GROUP].append(x)
+                ratios[done % GROUP].append(2 * x / (p + q) - 1)
+        rows[name] = {"seconds": typical(seconds), "overhead": typical(ratios)}
     return rows
+
+
+def typical(places: list[list[float]]) -> float:
+    """The mean over the places in a group of the median at each."""
+    return statistics.fmean(statistics.median(found) for found in places if found)
+
+
+def keep_memory() -> None:
+    """Let glibc give no memory back, nor map large tensors one by one."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
 def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=6, help="for each build: a multiple of six")
+    parser.add_argument("--rounds", type=int, default=16, help="for each build: a multiple of eight")
     parser.add_argument("--only", default="", help="part of a case's name; with it nothing is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.empty(6 << 20).sum()  # after this, the allocator takes all weights from one place
+    keep_memory()
     half = partial(discriminator, width=32)
     cases = {
         **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 1) for n in (32, 128)},
         "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 1),
         "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 1),
-        "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 50),
-        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 8),
+        "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 18),
+        "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 3),
     }
     if arguments.only:
         cases |= {f"SN-GAN discriminator, batch {n}": (discriminator, (n, 3, 32, 32), training, 1, 1) for n in (1, 8)}
@@ -217,9 +231,10 @@ def main() -> None:
             continue
         begin = time.perf_counter()
         x, builds, few = torch.randn(shape), [], {*OTHERS, "opnorm adaptive"}
+        seldom = few if steps is evaluation else {*few, "torch hook", YOUNG, "opnorm reshaped"}
         for done in range(BUILDS if steps is training else 1):
             made = {name: step for name, step in steps(build, x).items() if done == 0 or name not in few}
-            builds.append(compare(made, times * arguments.rounds, repeats, few))
+            builds.append(compare(made, times * arguments.rounds, repeats, seldom))
         found = table(builds)
         report[title] = found
         print(f"{title}    ({time.perf_counter() - begin:.0f} s)", flush=True)

@@ -34,7 +34,7 @@ of Adam add a large new direction, which one power iteration a step meets ten st
 DEPTH = 2
 """Of the Krylov space for a new weight and in adaptive mode; afterwards it is one."""
 
-WHOLE_EVERY, CONV_WHOLE_EVERY, SCOUTS_EVERY = 2, 3, 2
+WHOLE_EVERY, CONV_WHOLE_EVERY, SCOUTS_EVERY = 2, 4, 2
 """Later, vectors other than the first, and the frequency, move at some values only, and scouts at some of these."""
 
 ADAPTIVE_TOLERANCE = 5e-5
