@@ -27,12 +27,12 @@ SMALL = 16
 SCOUT_WIDTH, ADAPTIVE_SCOUT_WIDTH = 1, 3
 """Vectors at every other frequency of a convolution: where few values are close, the next are there in time."""
 
-NEW, YOUNG = 20, 100
+YOUNG = 100
 """Values of a weight, from registration or a fresh start, in which the estimate is made with more care: the first steps
-of Adam add a large new direction, which one power iteration a step meets ten steps late."""
+of Adam add large new directions, which one power iteration a step meets ten steps late."""
 
 DEPTH = 2
-"""Of the Krylov space for a new weight and in adaptive mode; afterwards it is one."""
+"""Of the Krylov space for a young weight and in adaptive mode; afterwards it is one."""
 
 WHOLE_EVERY, CONV_WHOLE_EVERY, SCOUTS_EVERY = 2, 4, 2
 """Later, vectors other than the first, and the frequency, move at some values only, and scouts at some of these."""
@@ -177,9 +177,8 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
     turn = next(turns)
     every = CONV_WHOLE_EVERY if view.frequencies else WHOLE_EVERY
     turn, rest = divmod(turn, every) if old else (turn, 0)
-    depth = DEPTH if adaptive or age <= NEW else 1
     if not view.frequencies:
-        return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, depth)
+        return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, 1 if old else DEPTH)
     if rest:
         return frequencies.follow(view, matrices, block)
     turn, rest = divmod(turn, SCOUTS_EVERY) if old else (turn, 0)
@@ -187,9 +186,9 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
         return frequencies.step(view, matrices, block)
     first, last = scouts.on_turn(block, turn, old=old)
     block = scouts.home(view, block)
-    if depth == 1:
+    if old:
         return frequencies.survey(view, matrices, block, first, last)
-    return frequencies.step(view, matrices, scouts.scout(view, matrices, block, first, last, depth), depth)
+    return frequencies.step(view, matrices, scouts.scout(view, matrices, block, first, last, DEPTH), DEPTH)
 
 
 def _joined(view: View, triple: Triple) -> Triple:

@@ -27,6 +27,9 @@ from opnorm.parametrize.views import View
 _AT_ONCE = 64
 """Scouts that advance together in a sweep."""
 
+_AT_START = 3
+"""Vectors that each scout has, at least, until the first estimate stands."""
+
 
 def step(view: View, matrices: Tensor, block: Block, depth: int = 1) -> tuple[Block, Triple]:
     """Advance the tracked vectors, in their Krylov space of that depth, and then their frequency.
@@ -119,15 +122,15 @@ def converge(
 ) -> tuple[Block, Triple]:
     """Start afresh and iterate until the gain stops growing; the start depends on nothing but the shape.
 
-    Host decisions are free here: it runs once.
+    Each scout begins with more vectors than it is to hold. Host decisions are free here: it runs once.
     """
     blocks, rows, total = matrices.shape
     real = matrices.dtype.to_real()
     table = tables(view, real, matrices.device)
     columns = total // view.taps * table.classes
     width = min(width, rows, columns)
-    held = min(held, width)
-    y = random_like(matrices, (blocks, columns, width + held * len(table.grid)), as_complex=True)
+    held, begun = min(held, width), min(max(held, _AT_START), width)
+    y = random_like(matrices, (blocks, columns, width + begun * len(table.grid)), as_complex=True)
     omega = torch.cat([torch.zeros_like(table.grid[:1]), table.grid]).expand(blocks, -1, -1)
     block = Block(torch.linalg.qr(y[..., :width])[0], omega, unit_columns(y[..., width:]))
 
@@ -136,7 +139,8 @@ def converge(
 
     for _ in range(12):
         block, _ = advance(block)
-    return iterate(advance, block, tolerance=tolerance, most=most, least=8)
+    block, triple = iterate(advance, block, tolerance=tolerance, most=most, least=8)
+    return block._replace(scouts=block.scouts.reshape(*y.shape[:2], -1, begun)[..., :held].flatten(2)), triple
 
 
 def _direction(left: Tensor, lifted: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
