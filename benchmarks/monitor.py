@@ -4,7 +4,7 @@
 
 Two equal models take turns in one run, one of them monitored, on one thread: CPU time of a step with the call over
 that of a step without, six steps to one measurement, as a sixth of the later calls do more; figures are medians of
-these. The first hundred calls take more care, of these the first twenty most. In a normalised model the layers use the
+these. The first hundred calls take more care. In a normalised model the layers use the
 monitor's estimate, so that only what goes beyond it is added.
 """
 

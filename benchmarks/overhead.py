@@ -1,15 +1,16 @@
 """Training and evaluation time of a step: plain, torch's two spectral norms, opnorm's.
 
-    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; about ten minutes
+    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; half an hour
 
-A step is forward, backward and Adam. All variants take turns within one run, in a new order each round, on one thread
-unless --threads says otherwise, so that a busy machine slows all of them. Every second step of opnorm does more, of a
-convolution every fourth and eighth. So rounds come in groups of eight: of each place in a group the median of the time
-over the plain one's in the same round is taken, and the figure is the mean of the eight. opnorm makes more iterations
-for the first hundred values of a weight and most for the first twenty; a row of its own shows the first eight, the
-other rows of opnorm what follows after the hundred. deel-torchlip and orthogonium stand beside where they are
-installed, at the first batch size. They and adaptive take part in the first build only, and in one step where that
-takes ten times the plain one's; what is no line of its own of the comparison takes part in the first group of each.
+A step is forward, backward and Adam; a discriminator's in a GAN has two forwards, of real and of fake images, for one
+value of the weights. All variants take turns within one run, in a new order each round, on one thread unless --threads
+says otherwise, so that a busy machine slows all of them. Every second step of opnorm does more, of a convolution every
+fourth and eighth. So rounds come in groups of eight: of each place in a group the median of the time over the plain
+one's in the same round is taken, and the figure is the mean of the eight. opnorm makes more iterations for the first
+hundred values of a weight; a row of its own shows the first eight, the other rows of opnorm what follows after the
+hundred. deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive
+take part in the first build only, and in one step where that takes ten times the plain one's; torch's hook, the
+reshaped norm and the first values in the first group of each build.
 
 Two equal networks differ by a few percent by where their tensors lie in memory, as a second plain network shows. So the
 plain time is the mean of two networks, and for training all are built six times, in a new order; in evaluation the
@@ -23,7 +24,7 @@ import importlib.util
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -35,6 +36,7 @@ import opnorm
 FIRST_VALUES = 100
 GROUP = 8
 BUILDS = 6
+BATCH = 64
 SLOW = 10
 YOUNG = "opnorm, first 8 values"
 AGAIN = "plain, again"
@@ -108,11 +110,16 @@ def others() -> dict[str, Callable[[nn.Module], nn.Module]]:
     return {name: wrap for name, (package, wrap) in OTHERS.items() if importlib.util.find_spec(package) is not None}
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """Forward, backward, Adam."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Tensor]) -> None:
+    """Forward of each batch, backward, Adam."""
     optimizer.zero_grad()
-    model(x).square().mean().backward()
+    torch.stack([model(x).square().mean() for x in batches]).sum().backward()
     optimizer.step()
+
+
+def forwards(x: Tensor) -> Sequence[Tensor]:
+    """The batches of one step: of images, real and fake ones where there are two batches."""
+    return x.split(BATCH) if x.ndim == 4 else (x,)
 
 
 def timed(step: Callable[[], object], repeats: int) -> float:
@@ -128,14 +135,15 @@ def timed(step: Callable[[], object], repeats: int) -> float:
 def training(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
     """A training step of every variant."""
     steps = {}
-    variants = {**VARIANTS, **(others() if len(x) in {32, 64} else {})}
+    batches = forwards(x)
+    variants = {**VARIANTS, **(others() if len(x) in {32, BATCH} else {})}
     for name, wrap in random.sample(list(variants.items()), len(variants)):
         model = build(wrap).train()
         if name in {"opnorm", "opnorm reshaped"}:
             for _ in range(FIRST_VALUES + 1):
                 opnorm.update(model)
         optimizer = torch.optim.Adam(model.parameters(), 2e-4)
-        steps[name] = partial(train_step, model, optimizer, x)
+        steps[name] = partial(train_step, model, optimizer, batches)
     return {name: steps[name] for name in variants}
 
 
@@ -216,7 +224,8 @@ def main() -> None:
     cases = {
         **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 1) for n in (32, 128)},
         "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 1),
-        "SN-GAN discriminator, batch 64": (discriminator, (64, 3, 32, 32), training, 1, 1),
+        "SN-GAN discriminator, batch 64": (discriminator, (BATCH, 3, 32, 32), training, 1, 1),
+        "SN-GAN discriminator, real and fake of 64": (discriminator, (2 * BATCH, 3, 32, 32), training, 1, 1),
         "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 18),
         "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 3),
     }
@@ -232,7 +241,7 @@ def main() -> None:
         begin = time.perf_counter()
         x, builds, few = torch.randn(shape), [], {*OTHERS, "opnorm adaptive"}
         seldom = few if steps is evaluation else {*few, "torch hook", YOUNG, "opnorm reshaped"}
-        for done in range(BUILDS if steps is training else 1):
+        for done in range(BUILDS // len(forwards(x)) if steps is training else 1):
             made = {name: step for name, step in steps(build, x).items() if done == 0 or name not in few}
             builds.append(compare(made, times * arguments.rounds, repeats, seldom))
         found = table(builds)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import opnorm
 
-STEPS = (1, 3, 10, 20, 50, 100)
+STEPS = (1, 3, 10, 20, 50, 100, 150, 200)
 SEEDS = (0, 1, 2)
 
 
