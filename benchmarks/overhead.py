@@ -14,12 +14,10 @@ reshaped norm and the first values in the first group of each build.
 
 Two equal networks differ by a few percent by where their tensors lie in memory, as a second plain network shows. So the
 plain time is the mean of two networks, and for training all are built six times, in a new order; in evaluation the
-plain ones hold the very tensors that opnorm hands out. The allocator gives no memory back between steps, as the time of
-getting it again is no network's own.
+plain ones hold the very tensors that opnorm hands out.
 """
 
 import argparse
-import ctypes
 import importlib.util
 import random
 import statistics
@@ -203,14 +201,6 @@ def typical(places: list[list[float]]) -> float:
     return statistics.fmean(statistics.median(found) for found in places if found)
 
 
-def keep_memory() -> None:
-    """Let glibc give no memory back, nor map large tensors one by one."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-
-
 def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -219,7 +209,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a case's name; with it nothing is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_memory()
+    torch.empty(6 << 20).sum()  # after this, the allocator takes all weights from one place
     half = partial(discriminator, width=32)
     cases = {
         **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 1) for n in (32, 128)},
