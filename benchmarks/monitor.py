@@ -3,9 +3,9 @@
     python benchmarks/monitor.py             # prints a table, writes results/monitor.json; about two minutes
 
 Two equal models take turns in one run, one of them monitored, on one thread: CPU time of a step with the call over
-that of a step without, six steps to one measurement, as a sixth of the later calls do more; figures are medians of
-these. The first hundred calls take more care. In a normalised model the layers use the
-monitor's estimate, so that only what goes beyond it is added.
+that of a step without, eight steps to one measurement, as of convolutions an eighth of the later calls do most; figures
+are medians of these. The first hundred calls take more care. In a normalised model the layers use the monitor's
+estimate, so that only what goes beyond it is added.
 """
 
 import argparse
@@ -16,12 +16,11 @@ from functools import partial
 
 import torch
 from environment import write
-from overhead import mlp, train_step
+from overhead import GROUP, mlp, train_step
 from torch import nn
 
 import opnorm
 
-GROUP = 6
 PHASES = {"first 20": 0, "to 100": 20, "later": 100}
 
 
@@ -56,7 +55,7 @@ def added(build: Callable[[], nn.Module], shape: tuple[int, ...], groups: int, c
     models = [build(), build()]
     monitors = [aged(model, calls) for model in models]
     x = torch.randn(shape)
-    steps = [partial(train_step, model, torch.optim.Adam(model.parameters(), 2e-4), x) for model in models]
+    steps = [partial(train_step, model, torch.optim.Adam(model.parameters(), 2e-4), (x,)) for model in models]
     for step in steps:
         step()
     shares = []
@@ -72,7 +71,7 @@ def added(build: Callable[[], nn.Module], shape: tuple[int, ...], groups: int, c
 def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=5, help="measurements of six steps each; the first 20 have three")
+    parser.add_argument("--groups", type=int, default=5, help="measurements of eight steps each; the first 20 have two")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cases = {
@@ -83,7 +82,7 @@ def main() -> None:
     for title, (build, shape) in cases.items():
         for kind, wrap in {"plain": lambda layer: layer, "normalised": opnorm.spectral_norm}.items():
             found = {
-                phase: added(partial(build, wrap), shape, arguments.groups if calls else 3, calls)
+                phase: added(partial(build, wrap), shape, arguments.groups if calls else 2, calls)
                 for phase, calls in PHASES.items()
             }
             report[f"{title}, {kind}"] = found
