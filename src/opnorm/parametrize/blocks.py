@@ -51,7 +51,7 @@ def krylov(apply: Map, adjoint: Map, y: Tensor, depth: int, lower: Map = lambda 
     Underwood, The block Lanczos method, 1977). Householder's factorisation keeps the basis orthonormal where
     another power adds nothing, as for a weight of low rank. `lower` takes an image to the space of y.
     """
-    left = unit_columns(apply(y)) if y.shape[-1] == 1 else torch.linalg.qr(apply(y))[0]
+    left = torch.linalg.qr(apply(y))[0]
     images = adjoint(left)
     for _ in range(depth - 1):
         known = left.shape[-1]

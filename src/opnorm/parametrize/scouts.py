@@ -49,8 +49,7 @@ def scout(view: View, matrices: Tensor, block: Block, first: int, last: int, dep
     phases = phases_of(table.positions, here)
     _, whole = space(table, matrices, apart(columns, omega.shape[1]), phases, depth)
     whole, scale = scaled(whole)
-    if whole.shape[-1] > 1:
-        whole = whole @ ritz_rotation(gather(table, whole, phases))[..., :held]
+    whole = whole @ ritz_rotation(gather(table, whole, phases))[..., :held]
     moved = climbed(table, whole[..., :1], here, phases, table.nearby).reshape(omega.shape)
     omega = torch.cat([moved[:, :1], stayed(table, moved[:, 1:], omega[:, 1:], first, last)], 1)
     y, lengths = normalised(gather(table, whole, phases_of(table.positions, omega.flatten(0, 1)[:, None])))
