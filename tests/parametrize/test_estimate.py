@@ -59,6 +59,26 @@ def test_registration_finds_the_supremum_over_frequencies(number):
     assert truth * (1 - 1e-4) <= estimate <= truth * 1.02
 
 
+# Of a size there are some frequencies only. In each case another one than the best sees most with a vector held fixed.
+SIZED = [
+    (lambda: nn.Conv1d(8, 8, 4, padding="same", padding_mode="circular"), 40, 13),
+    (lambda: nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), 15, 11),
+    (lambda: nn.Conv2d(6, 7, 4, padding="same", padding_mode="circular"), 12, 5),
+    (lambda: nn.Conv2d(6, 16, 3, 2, 1, groups=2, padding_mode="circular"), 16, 0),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SIZED)))
+def test_registration_finds_the_best_frequency_of_a_size(number):
+    make, size, seed = SIZED[number]
+    torch.manual_seed(seed)
+    layer = make()
+    truth = symbol_norm(layer.weight, layer.stride, layer.dilation, layer.groups, size)
+    opnorm.spectral_norm(layer, input_shape=(layer.in_channels, *[size] * (layer.weight.ndim - 2)))
+    estimate = float(layer.parametrizations.weight[0].triple(layer.parametrizations.weight.original).sigma)
+    assert estimate == pytest.approx(truth, rel=1e-5)
+
+
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 20), rank=st.integers(1, 5), seed=st.integers(0, 10**6))
 def test_registration_converges_for_matrices(rows, columns, rank, seed):

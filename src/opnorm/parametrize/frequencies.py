@@ -140,7 +140,21 @@ def converge(
     for _ in range(12):
         block, _ = advance(block)
     block, triple = iterate(advance, block, tolerance=tolerance, most=most, least=8)
+    if view.torus is not None:
+        block, triple = iterate(advance, _beside(view, matrices, block), tolerance=tolerance, most=most, least=8)
     return block._replace(scouts=block.scouts.reshape(*y.shape[:2], -1, begun)[..., :held].flatten(2)), triple
+
+
+def _beside(view: View, matrices: Tensor, block: Block) -> Block:
+    """Put each scout, on a torus, on the frequencies beside its own, with vectors that it finds there.
+
+    The search for a frequency holds a left vector, which may see less at the next although that has the larger gain.
+    """
+    places = block.omega[:, 1:]
+    for by in tables(view, block.omega.dtype, block.omega.device).nearby.by[1:]:
+        omega = torch.cat([block.omega[:, :1], places + by], 1)
+        block, _ = sweep(view, matrices, block._replace(omega=omega), depth=2)
+    return block
 
 
 def _direction(left: Tensor, lifted: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
