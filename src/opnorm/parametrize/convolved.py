@@ -90,7 +90,7 @@ def _with_direction(
     triple, matrices = division.triple, division.view.matrices(grad)
     x, grad_x = images
     a, b = (grad_x, x) if grad_x is not None and x.numel() < grad.numel() else (grad, kernel)
-    along = torch.dot(a.flatten(), b.flatten())[None]
+    along = torch.dot(a.flatten(), b.flatten())
     share = coefficient(triple.sigma, division.lipschitz, division.clip, along)
     subtract_direction_(matrices, triple, share, d)
     return grad

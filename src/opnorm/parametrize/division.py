@@ -94,27 +94,29 @@ class Divide(Function):
         return subtract_direction_(result, triple, weights).to(gradient.dtype), None, None, None, None
 
 
-def coefficient(sigma: Tensor, lipschitz: float, clip: bool, along: Tensor) -> Tensor:
+def coefficient(sigma: Tensor, lipschitz: float, clip: bool, along: Tensor) -> Tensor | float:
     """`along / sigma` where the divisor moves with sigma, and 0 where it does not: zero or unclipped weights."""
-    along = along.to(sigma.dtype)
     least = lipschitz if clip else 0.0
     if len(sigma) == 1 and not host_waits(sigma):  # one number is read in less time than it takes to choose
-        return along / sigma if float(sigma) > least else torch.zeros_like(sigma)
-    active = sigma > least
+        gain = float(sigma)
+        return float(along) / gain if gain > least else 0.0
+    along, active = along.to(sigma.dtype), sigma > least
     return torch.where(active, along / torch.where(active, sigma, torch.ones_like(sigma)), torch.zeros_like(sigma))
 
 
-def subtract_direction_(result: Tensor, triple: Triple, weights: Tensor, d: Tensor | float = 1.0) -> Tensor:
+def subtract_direction_(result: Tensor, triple: Triple, weights: Tensor | float, d: Tensor | float = 1.0) -> Tensor:
     """Divide each block by d and subtract `weights * G`, in place."""
+    if triple.right is not None and len(result) == 1 and isinstance(d, float) and not host_waits(result):
+        # Rank by rank with numbers, the first as it divides: on the CPU faster than a product over one or two.
+        kept, weight, dtype = 1 / d, -float(weights), result.dtype
+        for column, row in zip(triple.left[0].unbind(-1), triple.right[0].mT.contiguous(), strict=True):
+            result[0].addr_(column.to(dtype), row.to(dtype), beta=kept, alpha=weight)
+            kept = 1.0
+        return result
     if isinstance(d, Tensor) or d != 1:
         result.div_(d)
-    if triple.right is not None and len(result) == 1 and not host_waits(result):
-        # Rank by rank with a number: on the CPU several times faster than a product over one or two.
-        matrix, weight = result[0], -float(weights)
-        for column, row in zip(triple.left[0].unbind(-1), triple.right[0].mT.contiguous(), strict=True):
-            matrix.addcmul_(column[:, None].to(result.dtype), row.to(result.dtype), value=weight)
-        return result
-    left = triple.left.to(result.dtype) * (-weights).to(result.dtype)[:, None, None]
+    each = weights if isinstance(weights, float) else weights.to(result.dtype)[:, None, None]
+    left = triple.left.to(result.dtype) * -each
     if triple.right is None:
         return result.add_(left)
     right = triple.right.to(result.dtype).mT
@@ -157,12 +159,12 @@ class ScaledLinear(Function):
         if needs[0]:
             grad_x = quotient(gradient, weight, d)
         if needs[1] and grad_x is not None and triple.right is not None:
-            along = torch.dot(grad_x.flatten(), x.flatten())[None]
+            along = torch.dot(grad_x.flatten(), x.flatten())
             left = triple.left[0] * -coefficient(triple.sigma, lipschitz, clip, along)
             grad_weight = quotient(gradient.mT, x, d, onto=left @ triple.right[0].mT)
         elif needs[1]:
             grad_weight = quotient(gradient.mT, x, d)
-            along = torch.dot(grad_weight.flatten(), weight.flatten())[None]
+            along = torch.dot(grad_weight.flatten(), weight.flatten())
             subtract_direction_(grad_weight[None], triple, coefficient(triple.sigma, lipschitz, clip, along))
         return grad_x, grad_weight, grad_bias, *none
 
