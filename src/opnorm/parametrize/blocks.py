@@ -40,7 +40,7 @@ def step(matrices: Tensor, block: Block, depth: int = 1) -> tuple[Block, Triple]
     pulled, scale = scaled(pulled)
     rotation = ritz_rotation(pulled)[..., : block.y.shape[-1]]
     y, lengths = normalised(pulled @ rotation)
-    triple = Triple((lengths * scale)[:, 0, 0], left @ rotation[..., :1], y[..., :1])
+    triple = Triple((lengths * scale)[:, 0, 0], left @ rotation[..., :1], y[..., :1].contiguous())
     return Block(y, block.omega, block.scouts), triple
 
 
@@ -63,15 +63,11 @@ def krylov(apply: Map, adjoint: Map, y: Tensor, depth: int, lower: Map = lambda 
     return left, images
 
 
-def follow(matrices: Tensor, block: Block) -> tuple[Block, Triple]:
-    """Advance the first vector alone: two matrix-vector products. The others join in at the next `step`."""
-    left = unit_columns(multiply(matrices, block.y[..., :1]))
-    pulled, scale = scaled(multiply(matrices.mH, left))
-    y, lengths = normalised(pulled)
-    return (
-        Block(torch.cat([y, block.y[..., 1:]], -1), block.omega, block.scouts),
-        Triple((lengths * scale)[:, 0, 0], left, y),
-    )
+def look(matrices: Tensor, right: Tensor) -> Triple:
+    """The gain that a right vector sees as it is: one product, and no vector moves."""
+    image = multiply(matrices, right)
+    gain = torch.linalg.vector_norm(image, dim=(1, 2), keepdim=True)
+    return Triple(gain[:, 0, 0], image / _nonzero(gain), right)
 
 
 def scaled(y: Tensor) -> tuple[Tensor, Tensor]:

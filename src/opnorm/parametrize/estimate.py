@@ -32,10 +32,11 @@ YOUNG = 100
 of Adam add large new directions, which one power iteration a step meets ten steps late."""
 
 DEPTH = 2
-"""Of the Krylov space for a young weight and in adaptive mode; afterwards it is one."""
+"""Of the Krylov space in which vectors move; of an old convolution's it is one."""
 
-WHOLE_EVERY, CONV_WHOLE_EVERY, SCOUTS_EVERY = 2, 4, 2
-"""Later, vectors other than the first, and the frequency, move at some values only, and scouts at some of these."""
+EVERY, CONV_EVERY = 3, 8
+"""Later, vectors move at one of so many values. At the others the gain is what the vectors see as they are: one product
+with the weight, so that a step of the larger space costs less on average than one power iteration at each value."""
 
 ADAPTIVE_TOLERANCE = 5e-5
 ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
@@ -48,7 +49,8 @@ class Estimate(NamedTuple):
         key: of the value that the triple is of; None where the next value starts afresh.
         triple: the last good one; None before the first.
         age: values since registration or a fresh start.
-        turn: steps so far, which take turns with what moves at some values only.
+        turn: steps so far, in which scouts take turns.
+        looks: values since the last one at which vectors moved.
         last: keys of the last sharded value and of the last whole one, which FSDP2 shows in turn.
     """
 
@@ -56,6 +58,7 @@ class Estimate(NamedTuple):
     triple: Triple | None = None
     age: int = 0
     turn: int = 0
+    looks: int = 0
     last: Mapping[bool, values.Key] = {}
 
 
@@ -86,30 +89,35 @@ def refreshed(
     last = before.last.get(sharded)
     lost = before.triple is None or before.key is None or elsewhere or last is None or values.far(last, key)
     afresh = sharding.agreed(weight, lost)
-    age, turns = 0 if afresh else before.age, count(before.turn + 1)
+    age, turns = 0 if afresh else before.age + (method.iterations != "adaptive"), count(before.turn + 1)
+    seen = None if afresh else _seen(method, before)
+    looks = 0 if seen is None else before.looks + 1
     broken = False
     try:
         with counted(), torch.no_grad(), on_device.without_autocast(weight), on_device.outside_transforms():
             raw = weight.detach().to(dtype)
             raw = raw if sharding.one_matrix(raw, method.view.blocks) else sharding.gathered(raw)
+            block: Block | None
             if afresh:
                 block, triple = _converged(method, raw)
+            elif seen is not None:
+                block, triple = None, blocks.look(method.view.matrices(raw), seen)
             else:
-                age += method.iterations != "adaptive"
                 block, triple = _advanced(method, raw, held(method.view, buffers, dtype), age, turns)
             triple = _joined(method.view, triple)
             if afresh or before.triple is None or not on_device.host_waits(raw):
                 broken = not all(map(math.isfinite, triple.sigma.tolist()))
             else:
                 finite = torch.isfinite(triple.sigma).all()
-                block = on_device.chosen(finite, block, held(method.view, buffers, dtype))
+                if block is not None:
+                    block = on_device.chosen(finite, block, held(method.view, buffers, dtype))
                 triple = on_device.chosen(finite, triple, before.triple)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         broken = True
     turn = next(turns) - 1
     if broken:
-        return Estimate(None, before.triple, age, turn, before.last), None
-    return Estimate(key, triple, age, turn, {**before.last, sharded: key}), block
+        return Estimate(None, before.triple, age, turn, looks, before.last), None
+    return Estimate(key, triple, age, turn, looks, {**before.last, sharded: key}), block
 
 
 def once_more(
@@ -161,34 +169,39 @@ def _advanced(method: Method, raw: Tensor, block: Block, age: int, turns: Iterat
             least=least,
         )
     # A count on the host, which no graph sees: nothing waits for it, and nothing compiles anew.
-    for _ in range(method.iterations):
+    for _ in range(max(method.iterations // _every(method), 1) if age > YOUNG else method.iterations):
         block, triple = _step(method, raw, block, age, turns)
     return block, triple
 
 
+def _every(method: Method) -> int:
+    if method.view.sampled:
+        return 1
+    return CONV_EVERY if method.view.frequencies else EVERY
+
+
+def _seen(method: Method, before: Estimate) -> Tensor | None:
+    """Return the right vector of an old weight that stays as it is at the next value, or None where vectors move."""
+    if before.triple is None or before.age < YOUNG or method.iterations == "adaptive":
+        return None
+    # Of more iterations than one a value, so many times as often.
+    return before.triple.right if before.looks + 1 < _every(method) // method.iterations else None
+
+
 def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[int]) -> tuple[Block, Triple]:
-    """Advance the vectors once; an old weight takes the next of the turns, in most of which little is moved."""
-    view, adaptive, old = method.view, method.iterations == "adaptive", age > YOUNG
+    """Advance the vectors once, and of the scouts of a convolution those whose turn it is."""
+    view, old = method.view, age > YOUNG
+    depth = 1 if old else DEPTH
     if view.sampled:
-        return sampled.step(view, raw, block, 1 if old else DEPTH)
+        return sampled.step(view, raw, block, depth)
     matrices = view.matrices(raw)
-    if adaptive and view.frequencies:
-        return frequencies.sweep(view, matrices, block, DEPTH)
-    turn = next(turns)
-    every = CONV_WHOLE_EVERY if view.frequencies else WHOLE_EVERY
-    turn, rest = divmod(turn, every) if old else (turn, 0)
     if not view.frequencies:
-        return blocks.follow(matrices, block) if rest else blocks.step(matrices, block, 1 if old else DEPTH)
-    if rest:
-        return frequencies.follow(view, matrices, block)
-    turn, rest = divmod(turn, SCOUTS_EVERY) if old else (turn, 0)
-    if rest:
-        return frequencies.step(view, matrices, block)
-    first, last = scouts.on_turn(block, turn, old=old)
-    block = scouts.home(view, block)
-    if old:
-        return frequencies.survey(view, matrices, block, first, last)
-    return frequencies.step(view, matrices, scouts.scout(view, matrices, block, first, last, DEPTH), DEPTH)
+        return blocks.step(matrices, block, DEPTH)
+    if method.iterations == "adaptive":
+        return frequencies.sweep(view, matrices, block, DEPTH)
+    first, last = scouts.on_turn(block, next(turns), old=old)
+    block = scouts.scout(view, matrices, scouts.home(view, block), first, last, depth)
+    return frequencies.step(view, matrices, block, depth)
 
 
 def _joined(view: View, triple: Triple) -> Triple:

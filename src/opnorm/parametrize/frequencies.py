@@ -12,7 +12,6 @@ from opnorm.parametrize.blocks import (
     Block,
     Triple,
     iterate,
-    multiply,
     normalised,
     random_like,
     ritz_rotation,
@@ -20,7 +19,7 @@ from opnorm.parametrize.blocks import (
     unit_columns,
 )
 from opnorm.parametrize.grid import phases_of, tables
-from opnorm.parametrize.scouts import scout, stayed
+from opnorm.parametrize.scouts import scout
 from opnorm.parametrize.taps import climbed, gather, space, spread
 from opnorm.parametrize.views import View
 
@@ -49,62 +48,6 @@ def step(view: View, matrices: Tensor, block: Block, depth: int = 1) -> tuple[Bl
     direction = _direction(left, spread(table, y[..., :1], phases), matrices)
     return (
         Block(y, torch.cat([here, block.omega[:, 1:]], 1), block.scouts),
-        Triple((lengths * scale)[:, 0, 0], *direction),
-    )
-
-
-def survey(view: View, matrices: Tensor, block: Block, first: int, last: int) -> tuple[Block, Triple]:
-    """A `step` of depth one in which some scouts, of one vector each, take part: the weight is read twice for all."""
-    table, width = tables(view, block.omega.dtype, block.omega.device), block.y.shape[-1]
-    omega = torch.cat([block.omega[:, :1], block.omega[:, 1 + first : 1 + last]], 1)
-    phases = phases_of(table.positions, omega)  # shape: (blocks, 1 + scouts, taps)
-    y = torch.cat([block.y, block.scouts[..., first:last]], -1)
-    image = multiply(matrices, spread(table, y, _repeated(phases, width)))
-    left = torch.cat([torch.linalg.qr(image[..., :width])[0], unit_columns(image[..., width:])], -1)
-    whole, scale = scaled(multiply(matrices.mH, left))
-    rotation = ritz_rotation(gather(table, whole[..., :width], phases[:, :1]))
-    whole = torch.cat([whole[..., :width] @ rotation, whole[..., width:]], -1)
-    here = climbed(table, whole[..., :1], omega[:, :1], phases[:, :1], table.moves)
-    there = climbed(table, whole[..., width:], omega[:, 1:], phases[:, 1:], table.nearby)
-    omega = torch.cat([here, stayed(table, there, omega[:, 1:], first, last)], 1)
-    y, lengths = normalised(gather(table, whole, _repeated(phases_of(table.positions, omega), width)))
-    gains = torch.cat([lengths[..., :1], lengths[..., width:]], -1)
-    winner = gains.argmax(-1, keepdim=True)  # shape: (blocks, 1, 1)
-    place = torch.where(winner == 0, winner, winner + width - 1)
-    best = y.gather(-1, place.expand(-1, y.shape[1], 1))
-    others = torch.where(winner == 0, y[..., 1:width], y[..., : width - 1])
-    there = omega.gather(1, winner.expand(-1, 1, omega.shape[-1]))
-    left = torch.cat([left[..., :width] @ rotation[..., :1], left[..., width:]], -1)
-    direction = _direction(
-        left.gather(-1, winner.expand(-1, left.shape[1], 1)),
-        spread(table, best, phases_of(table.positions, there)),
-        matrices,
-    )
-    return (
-        Block(
-            torch.cat([best, others], -1),
-            torch.cat([there, block.omega[:, 1 : 1 + first], omega[:, 1:], block.omega[:, 1 + last :]], 1),
-            torch.cat([block.scouts[..., :first], y[..., width:], block.scouts[..., last:]], -1),
-        ),
-        Triple((gains.amax(-1, keepdim=True) * scale)[:, 0, 0], *direction),
-    )
-
-
-def _repeated(phases: Tensor, width: int) -> Tensor:
-    """The phases of each vector: of all tracked ones the first, of each scout its own."""
-    return torch.cat([phases[:, :1].expand(-1, width, -1), phases[:, 1:]], 1)
-
-
-def follow(view: View, matrices: Tensor, block: Block) -> tuple[Block, Triple]:
-    """Advance the first tracked vector alone, where it is: a quarter of the products of a `step`."""
-    table = tables(view, block.omega.dtype, block.omega.device)
-    phases = phases_of(table.positions, block.omega[:, :1])
-    left = unit_columns(multiply(matrices, spread(table, block.y[..., :1], phases)))
-    pulled, scale = scaled(multiply(matrices.mH, left))
-    y, lengths = normalised(gather(table, pulled, phases))
-    direction = _direction(left, spread(table, y, phases), matrices)
-    return (
-        Block(torch.cat([y, block.y[..., 1:]], -1), block.omega, block.scouts),
         Triple((lengths * scale)[:, 0, 0], *direction),
     )
 
@@ -158,7 +101,8 @@ def _beside(view: View, matrices: Tensor, block: Block) -> Block:
 
 
 def _direction(left: Tensor, lifted: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """`Re(left^H W lifted)` as an inner product with a real weight of rank two."""
+    """`Re(left^H W lifted)` as an inner product with a real weight of rank two, whose columns are each in one piece."""
     if matrices.is_complex():
         return left, lifted
-    return torch.view_as_real(left).flatten(2), torch.view_as_real(lifted).flatten(2)
+    left, lifted = (torch.view_as_real(part).flatten(2).mT.contiguous().mT for part in (left, lifted))
+    return left, lifted

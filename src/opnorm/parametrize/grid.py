@@ -29,7 +29,7 @@ class Tables(NamedTuple):
     residues: Tensor  # shape: (taps,)
     classes: int  # how many residues there are
     pairs: Tensor  # shape: (taps, taps): whether two taps share a residue
-    grid: Tensor  # shape: (scouts, axes): where the scouts live; the first half is spread over all frequencies too
+    grid: Tensor  # shape: (scouts, axes): where the scouts live
     moves: Moves  # where the tracked frequency may go from where it is
     nearby: Moves  # where a scout may go
     reach: Tensor  # shape: (axes,): how far a scout may be from its place in the grid
@@ -66,7 +66,6 @@ def _tables(
         for place in product(*map(range, counts))
         if is_complex or place <= tuple(-i % n for i, n in zip(place, counts, strict=True))
     ]
-    places.sort(key=lambda place: sum(place) % 2)  # every second place comes first, as on a chessboard
     grid = [tuple(h * i for i, h in zip(place, spacing, strict=True)) for place in places]
     steps = [point for scale in _SCALES for point in _points([[0.0, h * scale, -h * scale] for h in spacing])]
 

@@ -12,7 +12,7 @@ from opnorm.parametrize.grid import Tables, phases_of, tables
 from opnorm.parametrize.taps import apart, climbed, gather, space, together
 from opnorm.parametrize.views import View
 
-AT_ONCE, AT_ONCE_OLD = 32, 8
+AT_ONCE, AT_ONCE_OLD = 32, 13
 """How many advance together, of a young weight and of an old one."""
 
 
@@ -24,11 +24,9 @@ def home(view: View, block: Block) -> Block:
 
 
 def on_turn(block: Block, turn: int, *, old: bool) -> tuple[int, int]:
-    """Return which scouts advance, from the first to before the last; of an old weight, every second takes turns."""
-    total, most = block.omega.shape[1] - 1, AT_ONCE
-    if old:
-        total, most = -(-total // 2), AT_ONCE_OLD
-    turns = -(-total // most)
+    """Return which scouts advance, from the first to before the last."""
+    total = block.omega.shape[1] - 1
+    turns = -(-total // (AT_ONCE_OLD if old else AT_ONCE))
     part = turn % turns
     return total * part // turns, total * (part + 1) // turns
 
