@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from environment import write
-from overhead import MATRIX_GROUP, mlp, train_step
+from overhead import GROUP, mlp, train_step
 from torch import nn
 
 import opnorm
@@ -61,7 +61,7 @@ def added(build: Callable[[], nn.Module], shape: tuple[int, ...], groups: int, c
     shares = []
     for _ in range(groups):
         plain = monitored = 0.0
-        for _ in range(3 * MATRIX_GROUP):
+        for _ in range(GROUP):
             plain += seconds(steps[0])
             monitored += seconds(steps[1]) + seconds(monitors[1])
         shares.append(monitored / plain - 1)

@@ -4,9 +4,9 @@
 
 A step is forward, backward and Adam; a discriminator's in a GAN has two forwards, of real and of fake images, for one
 value of the weights. All variants take turns within one run, in a new order each round, on one thread unless --threads
-says otherwise, so that a busy machine slows all of them. Every third step of opnorm does more, of a convolution every
-eighth. So rounds come in groups of three or eight: of each place in a group the median of the time over the plain one's
-in the same round is taken, and the figure is the mean over the places. opnorm makes more iterations for the first
+says otherwise, so that a busy machine slows all of them. Every fourth step of opnorm does more, of a convolution every
+eighth. So rounds come in groups of eight: of each place in a group the median of the time over the plain one's in the
+same round is taken, and the figure is the mean over the places. opnorm makes more iterations for the first
 hundred values of a weight; a row of its own shows the first eight, the other rows of opnorm what follows after the
 hundred. deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive
 take part in the first build only, and in one step where that takes ten times the plain one's; torch's hook, the
@@ -19,6 +19,7 @@ plain ones hold the very tensors that opnorm hands out.
 
 import argparse
 import importlib.util
+import json
 import random
 import statistics
 import time
@@ -26,13 +27,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from environment import write
+from environment import RESULTS, write
 from torch import Tensor, nn
 
 import opnorm
 
 FIRST_VALUES = 100
-GROUP, MATRIX_GROUP = 8, 3
+GROUP = 8
 BUILDS = 6
 BATCH = 64
 SLOW = 10
@@ -181,18 +182,17 @@ def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int, f
     return found
 
 
-def table(builds: list[dict[str, list[float]]], group: int) -> dict[str, dict[str, float]]:
-    """Every variant's time relative to the mean of the plain ones' in the same rounds, which come in such groups."""
+def table(builds: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Every variant's time relative to the mean of the plain ones' in the same rounds."""
     rows = {}
     for name in builds[0]:
-        places = MATRIX_GROUP if "reshaped" in name else group
-        seconds: list[list[float]] = [[] for _ in range(places)]
-        ratios: list[list[float]] = [[] for _ in range(places)]
+        seconds: list[list[float]] = [[] for _ in range(GROUP)]
+        ratios: list[list[float]] = [[] for _ in range(GROUP)]
         for found in builds:
             each = zip(found.get(name, []), found["plain"], found[AGAIN], strict=False)
             for done, (x, p, q) in enumerate(each):
-                seconds[done % places].append(x)
-                ratios[done % places].append(2 * x / (p + q) - 1)
+                seconds[done % GROUP].append(x)
+                ratios[done % GROUP].append(2 * x / (p + q) - 1)
         rows[name] = {"seconds": typical(seconds), "overhead": typical(ratios)}
     return rows
 
@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=16, help="for each build: a multiple of eight")
-    parser.add_argument("--only", default="", help="part of a case's name; with it nothing is left out")
+    parser.add_argument("--only", default="", help="part of a case's name; the stored figures of others stay")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.empty(6 << 20).sum()  # after this, the allocator takes all weights from one place
@@ -224,7 +224,8 @@ def main() -> None:
         cases |= {f"SN-GAN discriminator, batch {n}": (discriminator, (n, 3, 32, 32), training, 1, 1) for n in (1, 8)}
         cases["SN-GAN discriminator at half width, batch 64"] = (half, (64, 3, 32, 32), training, 1, 1)
     missing = sorted(set(OTHERS) - set(others()))
-    report: dict[str, object] = {"not installed": missing}
+    stored = json.loads((RESULTS / "overhead.json").read_text())["results"] if arguments.only else {}
+    report: dict[str, object] = {**stored, "not installed": missing}
     print(f"not installed: {', '.join(missing) or 'none'}")
     for title, (build, shape, steps, repeats, times) in cases.items():
         if arguments.only not in title:
@@ -235,7 +236,7 @@ def main() -> None:
         for done in range(BUILDS // len(forwards(x)) if steps is training else 1):
             made = {name: step for name, step in steps(build, x).items() if done == 0 or name not in few}
             builds.append(compare(made, times * arguments.rounds, repeats, seldom))
-        found = table(builds, MATRIX_GROUP if build is mlp else GROUP)
+        found = table(builds)
         report[title] = found
         print(f"{title}    ({time.perf_counter() - begin:.0f} s)", flush=True)
         for name, row in found.items():

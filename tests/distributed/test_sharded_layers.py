@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import opnorm
 from distributed.processes import Collectives, bit_identical, spawn, whole
+from opnorm.parametrize import estimate
 
 
 def uneven():
@@ -339,6 +340,15 @@ def what_travels_in_tensor_parallel():
     )  # eight vectors, padded to equal parts; a weight has 6305
 
 
+def of_old_weights(scenario, *arguments):
+    """Vectors move at some values only, from the third on."""
+    before, estimate.YOUNG = estimate.YOUNG, 2
+    try:
+        scenario(*arguments)
+    finally:
+        estimate.YOUNG = before
+
+
 ORDERS = "normalise first", "shard first"
 KINDS = uneven, images, tokens
 SCENARIOS = [
@@ -359,6 +369,8 @@ SCENARIOS = [
     *((parallel_and_sharded, (order, order == ORDERS[0], {})) for order in ORDERS),
     (parallel_and_sharded, (ORDERS[0], False, {"learn_scale": True})),
     *((hybrid, (kind, order)) for kind, order in zip((uneven, images), ORDERS, strict=True)),
+    *((of_old_weights, (hybrid, kind, order)) for kind, order in zip(KINDS[1:], ORDERS, strict=True)),
+    (of_old_weights, (tensor_parallel, {})),
 ]  # fmt: skip
 
 

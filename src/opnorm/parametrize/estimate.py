@@ -34,7 +34,7 @@ of Adam add large new directions, which one power iteration a step meets ten ste
 DEPTH = 2
 """Of the Krylov space in which vectors move; of an old convolution's it is one."""
 
-EVERY, CONV_EVERY = 3, 8
+EVERY, CONV_EVERY = 4, 8
 """Later, vectors move at one of so many values. At the others the gain is what the vectors see as they are: one product
 with the weight, so that a step of the larger space costs less on average than one power iteration at each value."""
 
@@ -181,7 +181,7 @@ def _every(method: Method) -> int:
 
 
 def _seen(method: Method, before: Estimate) -> Tensor | None:
-    """Return the right vector of an old weight that stays as it is at the next value, or None where vectors move."""
+    """Return the right vector of an old weight where it stays as it is at this value, or None where vectors move."""
     if before.triple is None or before.age < YOUNG or method.iterations == "adaptive":
         return None
     # Of more iterations than one a value, so many times as often.

@@ -1,0 +1,79 @@
+"""After the first hundred values vectors move at some values only; the estimate is of every value all the same."""
+
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+import opnorm
+from parametrize.oracle import matrix_norm
+from parametrize.test_estimate import symbol_norm
+
+VALUES = 18
+
+
+def norm(layer):
+    if layer.weight.ndim == 2:
+        return matrix_norm(layer.weight)
+    return symbol_norm(layer.weight, layer.stride, layer.dilation, layer.groups, 36)
+
+
+def reshaped(layer):
+    return scipy.linalg.svdvals(layer.weight.detach().double().flatten(1).numpy())[0]
+
+
+OLD = {
+    "matrix": (lambda: nn.Linear(30, 24), norm, {}),
+    "matrix, four iterations": (lambda: nn.Linear(30, 24), norm, {"n_power_iterations": 4}),
+    "clip": (lambda: nn.Linear(30, 24), norm, {"mode": "clip", "lipschitz": 0.5}),
+    "reshaped": (lambda: nn.Conv2d(6, 8, 3), reshaped, {"norm": "reshaped"}),
+    "one axis": (lambda: nn.Conv1d(6, 8, 5, dilation=2), norm, {}),
+    "convolution": (lambda: nn.Conv2d(6, 8, 3, padding=1), norm, {}),
+    "convolution, two iterations": (lambda: nn.Conv2d(6, 8, 3, padding=1), norm, {"n_power_iterations": 2}),
+    "strided": (lambda: nn.Conv2d(6, 8, 4, 2, 1), norm, {}),
+    "grouped": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4), norm, {}),
+}
+
+
+def aged(case):
+    make, oracle, options = OLD[case]
+    torch.manual_seed(0)
+    layer = opnorm.spectral_norm(make(), **options)
+    for _ in range(101):
+        opnorm.update(layer)
+    return layer, layer.parametrizations.weight.original, oracle, options.get("lipschitz", 1.0)
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_every_value_is_divided_by_its_own_norm(case):
+    layer, raw, oracle, lipschitz = aged(case)
+    for done in range(VALUES):
+        with torch.no_grad():
+            raw.mul_(1.05)
+        # A grid of frequencies is a lower end of the supremum.
+        assert lipschitz * (1 - 5e-3) <= oracle(layer) <= lipschitz * (1 + 1e-4), done
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_the_gradient_is_of_the_value_that_it_is_taken_at(case):
+    """What does not depend on the scale of the weight has no slope along it."""
+    layer, raw, _, _ = aged(case)
+    target = torch.randn_like(raw)
+    for done in range(VALUES):
+        with torch.no_grad():
+            raw.add_(torch.randn_like(raw), alpha=0.01)
+        raw.grad = None
+        (layer.weight * target).sum().backward()
+        assert abs(float((raw.grad * raw.detach()).sum())) <= 1e-5 * float(raw.grad.norm() * raw.detach().norm()), done
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_a_weight_that_moves_is_followed(case):
+    layer, raw, oracle, lipschitz = aged(case)
+    torch.manual_seed(1)
+    along = torch.randn(len(raw), 1) @ torch.randn(1, raw[0].numel())
+    for done in range(40):
+        with torch.no_grad():
+            raw.add_(along.reshape(raw.shape), alpha=0.01 * float(raw.detach().norm() / along.norm()))
+        # The gain that some vectors see is at most the norm.
+        assert lipschitz * (1 - 1e-4) <= oracle(layer) * (1 + 5e-3) and oracle(layer) <= 1.04 * lipschitz, done
