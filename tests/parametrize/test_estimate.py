@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import scipy.linalg
 import scipy.optimize
 import torch
 from hypothesis import given, settings
@@ -13,29 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import opnorm
-from parametrize.oracle import layer_norm, matrix_norm
-
-
-def symbol_norm(weight, stride, dilation, groups, count):
-    """The largest singular value over a grid of frequencies: stride-many aliases side by side, by NumPy and SciPy."""
-    kernel = weight.detach().double().numpy()
-    dims = kernel.ndim - 2
-    best = 0.0
-    for block in np.split(kernel, groups):
-        for index in np.ndindex(*[count] * dims):
-            omega = [2 * np.pi * i / count for i in index]
-            aliases = []
-            for shift in np.ndindex(*stride):
-                phase = np.ones(kernel.shape[2:], complex)
-                for axis in range(dims):
-                    w = omega[axis] + 2 * np.pi * shift[axis] / stride[axis]
-                    steps = np.exp(1j * w * dilation[axis] * np.arange(kernel.shape[2 + axis]))
-                    phase = phase * steps.reshape([-1 if a == axis else 1 for a in range(dims)])
-                aliases.append((block * phase).reshape(*block.shape[:2], -1).sum(-1))
-            stacked = np.concatenate(aliases, 1) / np.sqrt(len(aliases))
-            best = max(best, scipy.linalg.svdvals(stacked)[0])
-    return best
-
+from parametrize.oracle import layer_norm, matrix_norm, symbol_norm
 
 CONVS = [
     lambda: nn.Conv1d(8, 16, 5, dilation=2),
