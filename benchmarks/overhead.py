@@ -1,16 +1,21 @@
 """Training and evaluation time of a step: plain, torch's two spectral norms, opnorm's.
 
-    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; half an hour
+    python benchmarks/overhead.py            # prints a table, writes results/overhead.json; 40 minutes
 
 A step is forward, backward and Adam; a discriminator's in a GAN has two forwards, of real and of fake images, for one
-value of the weights. All variants take turns within one run, in a new order each round, on one thread unless --threads
-says otherwise, so that a busy machine slows all of them. Every fourth step of opnorm does more, of a convolution every
-eighth. So rounds come in groups of eight: of each place in a group the median of the time over the plain one's in the
-same round is taken, and the figure is the mean over the places. opnorm makes more iterations for the first
-hundred values of a weight; a row of its own shows the first eight, the other rows of opnorm what follows after the
-hundred. deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive
-take part in the first build only, and in one step where that takes ten times the plain one's; torch's hook, the
-reshaped norm and the first values in the first group of each build.
+value of the weights. All variants take turns within one run, in a new order each time, on one thread unless --threads
+says otherwise, so that a busy machine slows all of them: with whole steps of a matrix network, and with the layers of a
+discriminator, whose step takes a second. Memory that was taken once is kept: handing it back and taking it again costs
+up to 50 ms of a step, now of one network and now of another.
+
+Every fourth step of opnorm does more, of a convolution every eighth. So rounds come in groups of eight: of each place
+in a group the median of the time over the plain one's in the same round is taken, and the figure is the mean over the
+places. opnorm makes more iterations for the first hundred values of a weight; a row of its own shows the first eight,
+the other rows of opnorm what follows after the hundred.
+
+deel-torchlip and orthogonium stand beside where they are installed, at the first batch size. They and adaptive take
+part in the first build only, and in one step where that takes ten times the plain one's; torch's hook, the reshaped
+norm and the first values in the first group of each build.
 
 Two equal networks differ by a few percent by where their tensors lie in memory, as a second plain network shows. So the
 plain time is the mean of two networks, and for training all are built six times, in a new order; in evaluation the
@@ -18,12 +23,14 @@ plain ones hold the very tensors that opnorm hands out.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -39,6 +46,10 @@ BATCH = 64
 SLOW = 10
 YOUNG = "opnorm, first 8 values"
 AGAIN = "plain, again"
+OVER = object()
+
+Step = Callable[[], Iterator[None]]
+"""What begins a step; it goes on from one turn to the next."""
 
 
 def mlp(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -109,11 +120,34 @@ def others() -> dict[str, Callable[[nn.Module], nn.Module]]:
     return {name: wrap for name, (package, wrap) in OTHERS.items() if importlib.util.find_spec(package) is not None}
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Tensor]) -> None:
-    """Forward of each batch, backward, Adam."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Iterator[None]:
+    """Forward, backward, Adam, at once."""
     optimizer.zero_grad()
-    torch.stack([model(x).square().mean() for x in batches]).sum().backward()
+    model(x).square().mean().backward()
     optimizer.step()
+    yield
+
+
+def train_step_by_layer(model: nn.Sequential, optimizer: torch.optim.Optimizer, x: Tensor) -> Iterator[None]:
+    """Forward of each batch, backward and Adam; others take their turn after each layer."""
+    optimizer.zero_grad()
+    done = []
+    for part in forwards(x):
+        out = part
+        for layer in model:
+            met = out.detach().requires_grad_(out is not part)
+            out = layer(met)
+            done.append((met, out))
+            yield
+    gradient = None
+    while done:
+        met, out = done.pop()
+        out.backward(2 * out.detach() / out.numel() if gradient is None else gradient)  # of the mean square
+        gradient = met.grad
+        del met, out
+        yield
+    optimizer.step()
+    yield
 
 
 def forwards(x: Tensor) -> Sequence[Tensor]:
@@ -121,20 +155,32 @@ def forwards(x: Tensor) -> Sequence[Tensor]:
     return x.split(BATCH) if x.ndim == 4 else (x,)
 
 
-def timed(step: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of a few calls."""
-    best = float("inf")
+def once(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """A forward."""
+    model(x)
+    yield
+
+
+def in_turns(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Seconds of every step, the fastest of a few calls; they take turns after each of their parts."""
+    best = dict.fromkeys(steps, float("inf"))
     for _ in range(repeats):
-        begin = time.perf_counter()
-        step()
-        best = min(best, time.perf_counter() - begin)
+        running = {name: step() for name, step in steps.items()}
+        seconds = dict.fromkeys(steps, 0.0)
+        while running:
+            for name in random.sample(list(running), len(running)):
+                begin = time.perf_counter()
+                over = next(running[name], OVER) is OVER
+                seconds[name] += time.perf_counter() - begin
+                if over:
+                    del running[name]
+        best = {name: min(best[name], taken) for name, taken in seconds.items()}
     return best
 
 
-def training(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+def training(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Step]:
     """A training step of every variant."""
-    steps = {}
-    batches = forwards(x)
+    steps: dict[str, Step] = {}
     variants = {**VARIANTS, **(others() if len(x) in {32, BATCH} else {})}
     for name, wrap in random.sample(list(variants.items()), len(variants)):
         model = build(wrap).train()
@@ -142,18 +188,18 @@ def training(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[
             for _ in range(FIRST_VALUES + 1):
                 opnorm.update(model)
         optimizer = torch.optim.Adam(model.parameters(), 2e-4)
-        steps[name] = partial(train_step, model, optimizer, batches)
+        steps[name] = partial(train_step_by_layer if x.ndim == 4 else train_step, model, optimizer, x)
     return {name: steps[name] for name in variants}
 
 
-def evaluation(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+def evaluation(build: Callable[..., nn.Module], x: Tensor) -> dict[str, Step]:
     """A forward of every variant."""
     left_out = {"plain", AGAIN, YOUNG, "opnorm reshaped", "opnorm adaptive"}  # the same weight in another way
     variants = {name: wrap for name, wrap in VARIANTS.items() if name not in left_out}
     models = {name: build(wrap).eval().requires_grad_(False) for name, wrap in variants.items()}
     plain = {name: on_the_same_memory(models["opnorm"]) for name in ("plain", AGAIN)}
     models = {**plain, **models, "opnorm, folded": opnorm.fold(models["opnorm"])}
-    return {name: partial(model, x) for name, model in models.items()}
+    return {name: partial(once, model, x) for name, model in models.items()}
 
 
 def on_the_same_memory(model: nn.Sequential) -> nn.Module:
@@ -167,18 +213,16 @@ def on_the_same_memory(model: nn.Sequential) -> nn.Module:
     return plain
 
 
-def compare(steps: dict[str, Callable[[], object]], rounds: int, repeats: int, few: set[str]) -> dict[str, list[float]]:
+def compare(steps: dict[str, Step], rounds: int, repeats: int, few: set[str]) -> dict[str, list[float]]:
     """Seconds of every variant in each round; of `few`, in those of the first group."""
-    first = {name: timed(step, 1) for name, step in steps.items()}  # proofs, caches and lazy initialisation
-    again = {
-        name: timed(step, 1) for name, step in steps.items() if first[name] < SLOW * first["plain"] or "opnorm" in name
-    }
+    first = in_turns(steps, 1)  # proofs, caches and lazy initialisation
+    again = {name: step for name, step in steps.items() if first[name] < SLOW * first["plain"] or "opnorm" in name}
+    in_turns(again, 1)
     found: dict[str, list[float]] = {name: [] if name in again else [first[name]] for name in steps}
     for done in range(rounds):
-        turns = [name for name in again if done < GROUP or name not in few]
-        random.shuffle(turns)
-        for name in turns:
-            found[name].append(timed(steps[name], repeats))
+        turns = {name: step for name, step in again.items() if done < GROUP or name not in few}
+        for name, seconds in in_turns(turns, repeats).items():
+            found[name].append(seconds)
     return found
 
 
@@ -202,6 +246,14 @@ def typical(places: list[list[float]]) -> float:
     return statistics.fmean(statistics.median(found) for found in places if found)
 
 
+def keep_memory() -> None:
+    """Ask the C library, where it is GNU's, to take all memory from one place and to give none back."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
+
+
 def main() -> None:
     """Time everything, print a table, write the results with the environment beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -210,12 +262,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a case's name; the stored figures of others stay")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.empty(6 << 20).sum()  # after this, the allocator takes all weights from one place
+    keep_memory()
     half = partial(discriminator, width=32)
     cases = {
         **{f"mlp 6 x 1024, batch {n}": (mlp, (n, 1024), training, 1, 1) for n in (32, 128)},
         "mlp 6 x 1024, batch 512": (mlp, (512, 1024), training, 1, 1),
-        "SN-GAN discriminator, batch 64": (discriminator, (BATCH, 3, 32, 32), training, 1, 1),
+        "SN-GAN discriminator, batch 64": (discriminator, (BATCH, 3, 32, 32), training, 1, 2),
         "SN-GAN discriminator, real and fake of 64": (discriminator, (2 * BATCH, 3, 32, 32), training, 1, 1),
         "mlp 6 x 1024, batch 32, eval": (mlp, (32, 1024), evaluation, 2, 18),
         "SN-GAN discriminator, batch 8, eval": (discriminator, (8, 3, 32, 32), evaluation, 3, 3),

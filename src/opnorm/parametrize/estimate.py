@@ -191,17 +191,18 @@ def _seen(method: Method, before: Estimate) -> Tensor | None:
 def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[int]) -> tuple[Block, Triple]:
     """Advance the vectors once, and of the scouts of a convolution those whose turn it is."""
     view, old = method.view, age > YOUNG
-    depth = 1 if old else DEPTH
     if view.sampled:
-        return sampled.step(view, raw, block, depth)
+        return sampled.step(view, raw, block, 1 if old else DEPTH)
     matrices = view.matrices(raw)
     if not view.frequencies:
         return blocks.step(matrices, block, DEPTH)
     if method.iterations == "adaptive":
         return frequencies.sweep(view, matrices, block, DEPTH)
     first, last = scouts.on_turn(block, next(turns), old=old)
-    block = scouts.scout(view, matrices, scouts.home(view, block), first, last, depth)
-    return frequencies.step(view, matrices, block, depth)
+    if old:
+        return frequencies.at_once(view, matrices, block, first, last)
+    block = scouts.scout(view, matrices, scouts.home(view, block), first, last, DEPTH)
+    return frequencies.step(view, matrices, block, DEPTH)
 
 
 def _joined(view: View, triple: Triple) -> Triple:

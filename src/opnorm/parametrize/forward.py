@@ -1,4 +1,4 @@
-"""A forward of the layer's own class that meets the deployed weight at once.
+"""A forward of the layer's own class that meets the deployed weight, and in training the raw one, at once.
 
 `torch.nn.Module.__getattr__` and torch's parametrization cost more than all that has to be looked at before a deployed
 weight is used again.
@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import _symbolic_trace
 
 from opnorm.layers.registry import comes_to_the_same
+from opnorm.parametrize import trained
 from opnorm.parametrize.chains import alone
 from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.transforms import transformed
@@ -81,12 +82,18 @@ def forward_directly(module: nn.Module, name: str) -> None:
 
     # The forward of the base may be replaced later, for one layer's class or for all of torch's.
     def linear(self: nn.Linear, input: Tensor) -> Tensor:
+        if self.training and base.forward is plain and (out := trained.linear(self, input)) is not None:
+            return out
         ready = _usable(self, known) if base.forward is plain else None
         if ready is None:
             return base.forward(self, input)  # type: ignore[no-any-return]
         return F.linear(input, ready.value, ready.bias)
 
     def convolution(self: nn.Conv2d, input: Tensor) -> Tensor:
+        if self.training and (base.forward, base._conv_forward) == methods:
+            out = trained.convolution(self, input)
+            if out is not None:
+                return out
         ready = _usable(self, known) if base.forward is plain else None
         if ready is None:
             return base.forward(self, input)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from opnorm.parametrize.blocks import (
     Block,
     Triple,
     iterate,
+    multiply,
     normalised,
     random_like,
     ritz_rotation,
@@ -19,7 +20,7 @@ from opnorm.parametrize.blocks import (
     unit_columns,
 )
 from opnorm.parametrize.grid import phases_of, tables
-from opnorm.parametrize.scouts import scout
+from opnorm.parametrize.scouts import scout, stayed
 from opnorm.parametrize.taps import climbed, gather, space, spread
 from opnorm.parametrize.views import View
 
@@ -49,6 +50,45 @@ def step(view: View, matrices: Tensor, block: Block, depth: int = 1) -> tuple[Bl
     return (
         Block(y, torch.cat([here, block.omega[:, 1:]], 1), block.scouts),
         Triple((lengths * scale)[:, 0, 0], *direction),
+    )
+
+
+def at_once(view: View, matrices: Tensor, block: Block, first: int, last: int) -> tuple[Block, Triple]:
+    """Advance the tracked vectors, and some scouts from their places, in one pass each way over the weight.
+
+    The scouts hold one vector each. The best of all is the triple's, and the first that is tracked from now on.
+    """
+    table = tables(view, block.omega.dtype, block.omega.device)
+    width, blocks = block.y.shape[-1], len(matrices)
+    places = table.grid[first:last].expand(blocks, -1, -1)
+    omega = torch.cat([block.omega[:, :1].expand(-1, width, -1), places], 1)  # of each column
+    phases = phases_of(table.positions, omega)
+    columns = torch.cat([block.y, block.scouts[..., first:last]], -1)
+    image = multiply(matrices, spread(table, columns, phases))
+    left = torch.cat([torch.linalg.qr(image[..., :width])[0], unit_columns(image[..., width:])], -1)
+    whole, scale = scaled(multiply(matrices.mH, left))
+    rotation = ritz_rotation(gather(table, whole[..., :width], phases[:, :1]))
+    left, whole = (torch.cat([part[..., :width] @ rotation, part[..., width:]], -1) for part in (left, whole))
+    here = climbed(table, whole[..., :1], omega[:, :1], phases[:, :1], table.moves)
+    there = climbed(table, whole[..., width:], omega[:, width:], phases[:, width:], table.nearby)
+    omega = torch.cat([here.expand(-1, width, -1), stayed(table, there, places, first, last)], 1)
+    phases = phases_of(table.positions, omega)
+    y, lengths = normalised(gather(table, whole, phases))
+    # What is tracked besides the best is seen at the frequency of the first.
+    lengths[..., 1:width] = 0
+    best = lengths.argmax(-1)[..., None]  # shape: (blocks, 1, 1)
+
+    def of_best(part: Tensor) -> Tensor:
+        return part.gather(-1, best.expand(-1, part.shape[1], 1))
+
+    found = of_best(y)
+    others = torch.where(best == 0, y[..., 1:width], y[..., : width - 1])
+    where = omega.gather(1, best.expand(-1, 1, omega.shape[-1]))
+    lifted = spread(table, found, phases_of(table.positions, where))
+    scouts = torch.cat([block.scouts[..., :first], y[..., width:], block.scouts[..., last:]], -1)
+    return (
+        Block(torch.cat([found, others], -1), torch.cat([where, block.omega[:, 1:]], 1), scouts),
+        Triple(of_best(lengths * scale)[:, 0, 0], *_direction(of_best(left), lifted, matrices)),
     )
 
 
