@@ -82,21 +82,18 @@ def forward_directly(module: nn.Module, name: str) -> None:
 
     # The forward of the base may be replaced later, for one layer's class or for all of torch's.
     def linear(self: nn.Linear, input: Tensor) -> Tensor:
-        if self.training and base.forward is plain and (out := trained.linear(self, input)) is not None:
-            return out
         ready = _usable(self, known) if base.forward is plain else None
         if ready is None:
-            return base.forward(self, input)  # type: ignore[no-any-return]
+            out = trained.linear(self, input) if self.training and base.forward is plain else None
+            return base.forward(self, input) if out is None else out
         return F.linear(input, ready.value, ready.bias)
 
     def convolution(self: nn.Conv2d, input: Tensor) -> Tensor:
-        if self.training and (base.forward, base._conv_forward) == methods:
-            out = trained.convolution(self, input)
-            if out is not None:
-                return out
         ready = _usable(self, known) if base.forward is plain else None
         if ready is None:
-            return base.forward(self, input)  # type: ignore[no-any-return]
+            known_to_us = self.training and (base.forward, base._conv_forward) == methods
+            out = trained.convolution(self, input) if known_to_us else None
+            return base.forward(self, input) if out is None else out
         return self._conv_forward(input, ready.value, ready.bias)  # type: ignore[no-any-return]
 
     def transposed(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
