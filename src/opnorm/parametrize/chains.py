@@ -15,6 +15,12 @@ def chain_of(module: nn.Module, name: str) -> ParametrizationList:
     return cast(ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[name])
 
 
+def chain_at_hand(module: nn.Module) -> ParametrizationList | None:
+    """Return the parametrizations of `weight`, or None, past what `nn.Module.__getattr__` costs."""
+    lists = module._modules.get("parametrizations")
+    return None if lists is None else cast("ParametrizationList | None", lists._modules.get("weight"))
+
+
 def rule_of(module: nn.Module, name: str = "weight") -> SpectralNormalization | None:
     """Return opnorm's parametrization of a weight, or None."""
     if not parametrize.is_parametrized(module, name):

@@ -18,7 +18,7 @@ from torch.fx import _symbolic_trace
 
 from opnorm.layers.registry import comes_to_the_same
 from opnorm.parametrize import trained
-from opnorm.parametrize.chains import alone
+from opnorm.parametrize.chains import alone, chain_at_hand
 from opnorm.parametrize.spectral import SpectralNormalization
 from opnorm.parametrize.transforms import transformed
 from opnorm.parametrize.values import as_integers
@@ -91,8 +91,8 @@ def forward_directly(module: nn.Module, name: str) -> None:
     def convolution(self: nn.Conv2d, input: Tensor) -> Tensor:
         ready = _usable(self, known) if base.forward is plain else None
         if ready is None:
-            known_to_us = self.training and (base.forward, base._conv_forward) == methods
-            out = trained.convolution(self, input) if known_to_us else None
+            as_made = self.training and (base.forward, base._conv_forward) == methods
+            out = trained.convolution(self, input) if as_made else None
             return base.forward(self, input) if out is None else out
         return self._conv_forward(input, ready.value, ready.bias)  # type: ignore[no-any-return]
 
@@ -150,8 +150,7 @@ def _usable(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
 
 def _ready(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
     """The deployed weight, where it may be handed out without asking again; None where reading it does more."""
-    lists: Any = layer._modules.get("parametrizations")
-    chain: Any = None if lists is None else lists._modules.get("weight")
+    chain = chain_at_hand(layer)
     if chain is None:
         known.pop(id(layer), None)  # torch has taken the parametrization off
         return None
@@ -166,6 +165,7 @@ def _ready(layer: nn.Module, known: dict[int, Ready]) -> Ready | None:
     if picked is None or "bias" not in layer._parameters or "bias" in layer.__dict__:
         return None
     record, place = raw._record, id(layer)
+    lists: Any = layer._modules["parametrizations"]
     ready = known[place] = Ready(
         raw._version,
         raw,

@@ -1,13 +1,13 @@
 """A layer's output in training, past the object that stands for its weight: reading that costs a small product."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from opnorm.parametrize import direct
-from opnorm.parametrize.chains import alone
+from opnorm.parametrize.chains import alone, chain_at_hand
 from opnorm.parametrize.convolved import geometry
 from opnorm.parametrize.rule import Rule
 from opnorm.parametrize.transforms import traced
@@ -40,8 +40,7 @@ def _met(layer: nn.Module, x: Tensor) -> _Met | None:
     """The rule, the raw weight and the bias, if they are all there is and nobody else looks at what is called."""
     if is_dynamo_compiling() or traced() or torch._C._is_torch_function_mode_enabled() or type(x) is not Tensor:
         return None
-    lists: Any = layer._modules.get("parametrizations")
-    chain: Any = None if lists is None else lists._modules.get("weight")
+    chain = chain_at_hand(layer)
     pair = None if chain is None else alone(chain)
     if pair is None or not pair[0].training or "bias" not in layer._parameters or "bias" in layer.__dict__:
         return None
