@@ -56,6 +56,21 @@ def test_two_forwards_and_accumulation_refresh_once():
     assert count() == [4, 4]  # the first step uses the estimate of registration
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+def test_a_step_that_moves_nothing_does_not_begin_again(dtype, options):
+    """The start takes a hundred times what a value takes: at a learning rate of zero every step would."""
+    model = network().to(dtype)
+    model(torch.ones(2, 3, 6, 6, dtype=dtype))
+    count = counted(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0 if dtype == torch.float32 else 1e-9, **options)
+    for _ in range(3):
+        model(torch.ones(2, 3, 6, 6, dtype=dtype)).sum().backward()
+        optimizer.step()
+    model(torch.ones(2, 3, 6, 6, dtype=dtype))
+    assert count() == [3, 3]
+
+
 def test_compiled_training_and_evaluation_are_one_graph_each():
     model, eager = network(), network()
     count = counted(model)

@@ -9,7 +9,7 @@ from torch import Tensor
 from opnorm.norms.scaling import largest_part, normalised
 from opnorm.parametrize.on_device import host_waits
 from opnorm.parametrize.sharding import is_sharded, local
-from opnorm.parametrize.watched import Stamp, carried, stamp
+from opnorm.parametrize.watched import Stamp, carried, only_stepped, stamp
 
 _SAMPLE = 64
 
@@ -97,9 +97,10 @@ def far(old: Key, new: Key) -> bool:
     """Whether a new value is another weight rather than the next step of training: then the estimate starts afresh.
 
     That is one that moved by more than half of its size, or one that was written but whose sample did not move at
-    all: the same weight loaded again, so that every process that loads it computes the same estimate.
+    all: the same weight loaded again, so that every process that loads it computes the same estimate. A step that moves
+    nothing (a learning rate or a gradient of zero, one too small for the dtype) is a step all the same.
     """
-    if old.epoch != new.epoch and old.sample == new.sample:
+    if old.sample == new.sample and (old.epoch != new.epoch or only_stepped(old.version, new.version)):
         return False
     before, after = old.sample, new.sample
     if before is None or after is None or len(before) != len(after):

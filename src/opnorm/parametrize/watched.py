@@ -22,6 +22,10 @@ def counted() -> AbstractContextManager[object]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
+class Step:
+    """The token of a weight that an optimizer wrote to last."""
+
+
 class Record:
     """What is known about the writes to one weight.
 
@@ -165,6 +169,13 @@ def carried(old: Stamp | int, new: Stamp | int) -> bool:
     return isinstance(old, int) or isinstance(new, int) or old[:3] == new[:3]
 
 
+def only_stepped(old: Stamp | int, new: Stamp | int) -> bool:
+    """Whether what was written last is an optimizer's step, to a weight in the same place."""
+    if isinstance(old, int) or isinstance(new, int):
+        return False
+    return isinstance(new[0], Step) and old[0] is not new[0] and old[3] == new[3]
+
+
 def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """What fused steps write is not counted. This must not become part of a compiled step."""
     if torch.compiler.is_compiling():
@@ -173,7 +184,7 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter in group["params"]:
             # A hook before this one may have set the gradient to None already.
             if type(parameter) is Watched and (parameter.grad is not None or group.get("fused")):
-                parameter._record.token = object()
+                parameter._record.token = Step()
 
 
 register_optimizer_step_post_hook(_stepped)
