@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opnorm.parametrize.on_device import host_waits, leading_rotation
+from opnorm.parametrize.sharding import is_sharded, product
 
 Map = Callable[[Tensor], Tensor]
 
@@ -67,7 +68,7 @@ def look(matrices: Tensor, right: Tensor) -> Triple:
     """The gain that a right vector sees as it is: one product, and no vector moves."""
     image = multiply(matrices, right)
     gain = torch.linalg.vector_norm(image, dim=(1, 2), keepdim=True)
-    return Triple(gain[:, 0, 0], image / _nonzero(gain), right)
+    return Triple(gain.flatten(), image / _nonzero(gain), right)
 
 
 def scaled(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,11 +115,11 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _rows(matrix: Tensor, rows: Tensor) -> Tensor:
-    if hasattr(matrix, "device_mesh"):  # a DTensor
-        from opnorm.parametrize.sharding import product
-
+    if is_sharded(matrix):
         return product(matrix, rows.mT).mT
-    return (rows[0] @ matrix[0].mT)[None] if len(matrix) == 1 else rows @ matrix.mT
+    if len(matrix) > 1:
+        return rows @ matrix.mT
+    return torch.mm(rows.squeeze(0), matrix.squeeze(0).t()).unsqueeze(0)
 
 
 def converge(matrices: Tensor, width: int, *, tolerance: float = 1e-4, most: int = 60) -> tuple[Block, Triple]:

@@ -1,5 +1,6 @@
 """`conv(x, W / d) + b` in one step: the quotient is not kept, and the divisor's gradient is subtracted in place."""
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class ScaledConv(Function):
     ) -> Tensor:
         """Convolve x of shape (n, channels, ...)."""
         d = readable_divisor(division.triple.sigma, division.lipschitz, division.clip)
-        pixels = x[:, :1].numel()  # about as many as the output has, times the strides
+        pixels = len(x) * prod(x.shape[2:])  # about as many as the output has, times the strides
         for stride in shape.stride:
             pixels //= stride
         ctx.late = pixels * len(weight) < weight.numel()

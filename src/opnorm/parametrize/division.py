@@ -108,9 +108,10 @@ def subtract_direction_(result: Tensor, triple: Triple, weights: Tensor | float,
     """Divide each block by d and subtract `weights * G`, in place."""
     if triple.right is not None and len(result) == 1 and isinstance(d, float) and not host_waits(result):
         # Rank by rank with numbers, the first as it divides: on the CPU faster than a product over one or two.
-        kept, weight, dtype = 1 / d, -float(weights), result.dtype
-        for column, row in zip(triple.left[0].unbind(-1), triple.right[0].mT.contiguous(), strict=True):
-            result[0].addr_(column.to(dtype), row.to(dtype), beta=kept, alpha=weight)
+        matrix, kept, weight = result.squeeze(0), 1 / d, -float(weights)
+        columns, rows = (part.to(result.dtype).squeeze(0).unbind(1) for part in (triple.left, triple.right))
+        for column, row in zip(columns, rows, strict=True):
+            matrix.addr_(column, row, beta=kept, alpha=weight)
             kept = 1.0
         return result
     if isinstance(d, Tensor) or d != 1:

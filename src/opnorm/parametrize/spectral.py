@@ -153,9 +153,9 @@ class SpectralNormalization(nn.Module):
         if known is not None:
             return known
         found, block = estimate.refreshed(Method(self.view, self.iterations), weight, key, before, self._buffers)
-        self._estimate = found
+        # Past the checks of `nn.Module.__setattr__`, which cost as much as a small product.
+        self.__dict__["_estimate"] = found
         if block is not None:
-            # Past the checks of `nn.Module.__setattr__`, which cost as much as a small product.
             self._buffers.update(buffers.stored(block))
         if found.triple is None:
             raise WeightError(
