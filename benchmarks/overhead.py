@@ -19,7 +19,7 @@ norm and the first values in the first group of each build.
 
 Two equal networks differ by a few percent by where their tensors lie in memory, as a second plain network shows. So the
 plain time is the mean of two networks, and for training all are built six times, in a new order; in evaluation the
-plain ones hold the very tensors that opnorm hands out.
+plain ones hold the very tensors that opnorm hands out. The error of a figure is the standard error of the builds'.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from environment import RESULTS, write
+from environment import RESULTS, environment, write
 from torch import Tensor, nn
 
 import opnorm
@@ -227,22 +227,24 @@ def compare(steps: dict[str, Step], rounds: int, repeats: int, few: set[str]) ->
 
 
 def table(builds: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Every variant's time relative to the mean of the plain ones' in the same rounds."""
+    """Every variant's time relative to the mean of the plain ones' in the same rounds, and the error of that."""
     rows = {}
     for name in builds[0]:
-        seconds: list[list[float]] = [[] for _ in range(GROUP)]
-        ratios: list[list[float]] = [[] for _ in range(GROUP)]
-        for found in builds:
-            each = zip(found.get(name, []), found["plain"], found[AGAIN], strict=False)
-            for done, (x, p, q) in enumerate(each):
-                seconds[done % GROUP].append(x)
-                ratios[done % GROUP].append(2 * x / (p + q) - 1)
-        rows[name] = {"seconds": typical(seconds), "overhead": typical(ratios)}
+        taken = [found[name] for found in builds if name in found]
+        ratios = [
+            [2 * x / (p + q) - 1 for x, p, q in zip(found[name], found["plain"], found[AGAIN], strict=False)]
+            for found in builds
+            if name in found
+        ]
+        rows[name] = {"seconds": typical(taken), "overhead": typical(ratios)}
+        if len(ratios) > 1:
+            rows[name]["error"] = statistics.stdev(typical([one]) for one in ratios) / len(ratios) ** 0.5
     return rows
 
 
-def typical(places: list[list[float]]) -> float:
+def typical(builds: list[list[float]]) -> float:
     """The mean over the places in a group of the median at each."""
+    places = [[x for found in builds for x in found[place::GROUP]] for place in range(GROUP)]
     return statistics.fmean(statistics.median(found) for found in places if found)
 
 
@@ -289,10 +291,11 @@ def main() -> None:
             made = {name: step for name, step in steps(build, x).items() if done == 0 or name not in few}
             builds.append(compare(made, times * arguments.rounds, repeats, seldom))
         found = table(builds)
-        report[title] = found
+        report[title] = {"measured": environment(), **found}
         print(f"{title}    ({time.perf_counter() - begin:.0f} s)", flush=True)
         for name, row in found.items():
-            print(f"    {name:24s} {row['seconds'] * 1e3:9.2f} ms  {row['overhead']:+8.1%}")
+            error = f"+/- {row['error']:.1%}" if "error" in row else ""
+            print(f"    {name:24s} {row['seconds'] * 1e3:9.2f} ms  {row['overhead']:+8.1%}  {error}")
     write("overhead", report)
 
 
