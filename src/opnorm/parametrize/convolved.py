@@ -1,4 +1,4 @@
-"""`conv(x, W / d) + b` in one step: the quotient is not kept, and the divisor's gradient is subtracted in place."""
+"""`conv(x, W / d) + b` in one step: no quotient larger than the output; the divisor's gradient subtracted in place."""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -54,21 +54,22 @@ class ScaledConv(Function):
             pixels //= stride
         ctx.late = pixels * len(weight) < weight.numel()
         ctx.division, ctx.shape, ctx.has_bias, ctx.divisor = division, shape, bias is not None, d
-        ctx.save_for_backward(x, weight)
-        if not ctx.late:
-            return _convolution(x, weight / d, bias, shape)
+        kernel = None if ctx.late else weight / d
+        ctx.save_for_backward(x, weight, kernel)
+        if kernel is not None:
+            return _convolution(x, kernel, bias, shape)
         result = _convolution(x, weight, None, shape).div_(d)
         return result if bias is None else result.add_(bias.reshape(-1, *(1 for _ in shape.stride)))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Autograd's gradients of the convolution, and the divisor's in place."""
-        x, weight = ctx.saved_tensors
+        x, weight, kernel = ctx.saved_tensors
         division, shape, needs = ctx.division, ctx.shape, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             return (*_again(x, weight, gradient, division, shape, needs), None, None)
         d: Tensor | float = ctx.divisor
-        fed, kernel = (gradient / d, weight) if ctx.late else (gradient, weight / d)
+        fed, kernel = (gradient / d, weight) if ctx.late else (gradient, kernel)
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             fed, x, kernel, [len(weight)], *shape[:3], False, [0] * len(shape.stride), shape.groups, needs
         )
