@@ -23,7 +23,7 @@ def counted() -> AbstractContextManager[object]:
 
 
 class Step:
-    """The token of a weight that an optimizer wrote to last."""
+    """The token of a weight from an optimizer's step on."""
 
 
 class Record:
@@ -170,7 +170,7 @@ def carried(old: Stamp | int, new: Stamp | int) -> bool:
 
 
 def only_stepped(old: Stamp | int, new: Stamp | int) -> bool:
-    """Whether what was written last is an optimizer's step, to a weight in the same place."""
+    """Whether an optimizer has stepped in between, and the weight lies in the same place."""
     if isinstance(old, int) or isinstance(new, int):
         return False
     return isinstance(new[0], Step) and old[0] is not new[0] and old[3] == new[3]
