@@ -78,9 +78,12 @@ def scaled(y: Tensor) -> tuple[Tensor, Tensor]:
     return y / scale, scale
 
 
-def normalised(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return unit columns and their lengths, shape (blocks, 1, width); zero columns stay zero."""
-    lengths = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+def normalised(y: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Return unit columns, or rows, and their lengths, shape (blocks, 1, width); zero columns stay zero."""
+    if y.is_complex():  # several times faster as real numbers
+        lengths = torch.linalg.vector_norm(torch.view_as_real(y), dim=(dim, 3)).unsqueeze(dim)
+    else:
+        lengths = torch.linalg.vector_norm(y, dim=dim, keepdim=True)
     return y / _nonzero(lengths), lengths
 
 

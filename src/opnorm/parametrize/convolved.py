@@ -58,8 +58,7 @@ class ScaledConv(Function):
         ctx.save_for_backward(x, weight, kernel)
         if kernel is not None:
             return _convolution(x, kernel, bias, shape)
-        result = _convolution(x, weight, None, shape).div_(d)
-        return result if bias is None else result.add_(bias.reshape(-1, *(1 for _ in shape.stride)))
+        return _convolution(x, weight, None if bias is None else bias * d, shape).div_(d)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,8 +20,8 @@ from opnorm.parametrize.blocks import (
     unit_columns,
 )
 from opnorm.parametrize.grid import phases_of, tables
-from opnorm.parametrize.scouts import scout, stayed
-from opnorm.parametrize.taps import climbed, gather, space, spread
+from opnorm.parametrize.scouts import scout
+from opnorm.parametrize.taps import best_moves, climbed, gather, gather_rows, space, spread, spread_rows
 from opnorm.parametrize.views import View
 
 _AT_ONCE = 64
@@ -59,36 +59,35 @@ def at_once(view: View, matrices: Tensor, block: Block, first: int, last: int) -
     The scouts hold one vector each. The best of all is the triple's, and the first that is tracked from now on.
     """
     table = tables(view, block.omega.dtype, block.omega.device)
-    width, blocks = block.y.shape[-1], len(matrices)
-    places = table.grid[first:last].expand(blocks, -1, -1)
-    omega = torch.cat([block.omega[:, :1].expand(-1, width, -1), places], 1)  # of each column
-    phases = phases_of(table.positions, omega)
-    columns = torch.cat([block.y, block.scouts[..., first:last]], -1)
-    image = multiply(matrices, spread(table, columns, phases))
+    blocks, width = len(matrices), block.y.shape[-1]
+    begun = torch.cat([block.omega[:, :1].expand(-1, width, -1), table.grid[first:last].expand(blocks, -1, -1)], 1)
+    here = phases_of(table.positions, block.omega[:, :1])
+    phases = torch.cat([here.expand(-1, width, -1), table.places[first:last].expand(blocks, -1, -1)], 1)
+    rows = torch.cat([block.y, block.scouts[..., first:last]], -1).mT
+    image, scale = scaled(multiply(matrices, spread_rows(table, rows, phases).mT))
     left = torch.cat([torch.linalg.qr(image[..., :width])[0], unit_columns(image[..., width:])], -1)
-    whole, scale = scaled(multiply(matrices.mH, left))
-    rotation = ritz_rotation(gather(table, whole[..., :width], phases[:, :1]))
-    left, whole = (torch.cat([part[..., :width] @ rotation, part[..., width:]], -1) for part in (left, whole))
-    here = climbed(table, whole[..., :1], omega[:, :1], phases[:, :1], table.moves)
-    there = climbed(table, whole[..., width:], omega[:, width:], phases[:, width:], table.nearby)
-    omega = torch.cat([here.expand(-1, width, -1), stayed(table, there, places, first, last)], 1)
-    phases = phases_of(table.positions, omega)
-    y, lengths = normalised(gather(table, whole, phases))
+    whole = multiply(matrices.mH, left / scale).mT  # shape: (blocks, vectors, columns * taps)
+    rotation = ritz_rotation(gather_rows(table, whole[:, :width], here).mT)
+    left[..., :width] = left[..., :width] @ rotation
+    whole[:, :width] = rotation.mT @ whole[:, :width]
+    moved = best_moves(table, whole, phases, table.close)
+    moved[:, 1:width] = moved[:, :1]
+    phases, omega = phases * table.close.phases[moved], begun + table.close.by[moved]
+    rows, lengths = normalised(gather_rows(table, whole, phases), 2)
     # What is tracked besides the best is seen at the frequency of the first.
-    lengths[..., 1:width] = 0
-    best = lengths.argmax(-1)[..., None]  # shape: (blocks, 1, 1)
+    lengths[:, 1:width] = 0
+    best = lengths.argmax(1, keepdim=True)  # shape: (blocks, 1, 1)
 
     def of_best(part: Tensor) -> Tensor:
-        return part.gather(-1, best.expand(-1, part.shape[1], 1))
+        return part.gather(1, best.expand(-1, 1, part.shape[2]))
 
-    found = of_best(y)
-    others = torch.where(best == 0, y[..., 1:width], y[..., : width - 1])
-    where = omega.gather(1, best.expand(-1, 1, omega.shape[-1]))
-    lifted = spread(table, found, phases_of(table.positions, where))
-    scouts = torch.cat([block.scouts[..., :first], y[..., width:], block.scouts[..., last:]], -1)
+    found = of_best(rows)
+    others = torch.where(best == 0, rows[:, 1:width], rows[:, : width - 1])
+    lifted = spread_rows(table, found, of_best(phases)).mT
+    scouts = torch.cat([block.scouts[..., :first], rows[:, width:].mT, block.scouts[..., last:]], -1)
     return (
-        Block(torch.cat([found, others], -1), torch.cat([where, block.omega[:, 1:]], 1), scouts),
-        Triple(of_best(lengths * scale)[:, 0, 0], *_direction(of_best(left), lifted, matrices)),
+        Block(torch.cat([found, others], 1).mT, torch.cat([of_best(omega), block.omega[:, 1:]], 1), scouts),
+        Triple(of_best(lengths * scale)[:, 0, 0], *_direction(of_best(left.mT).mT, lifted, matrices)),
     )
 
 

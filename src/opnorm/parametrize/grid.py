@@ -20,6 +20,7 @@ class Moves(NamedTuple):
 
     by: Tensor  # shape: (moves, axes)
     phases: Tensor  # shape: (moves, taps)
+    across: Tensor  # shape: (taps, moves): the same, each tap's in one piece
 
 
 class Tables(NamedTuple):
@@ -28,10 +29,13 @@ class Tables(NamedTuple):
     positions: Tensor  # shape: (taps, axes)
     residues: Tensor  # shape: (taps,)
     classes: int  # how many residues there are
+    lift: Tensor  # shape: (residues, taps): 1 where a tap has the residue
     pairs: Tensor  # shape: (taps, taps): whether two taps share a residue
     grid: Tensor  # shape: (scouts, axes): where the scouts live
+    places: Tensor  # shape: (scouts, taps): the phases there
     moves: Moves  # where the tracked frequency may go from where it is
     nearby: Moves  # where a scout may go
+    close: Moves  # of those, the ones that are not too far from its place
     reach: Tensor  # shape: (axes,): how far a scout may be from its place in the grid
 
 
@@ -77,16 +81,27 @@ def _tables(
 
     taps = torch.tensor(positions, dtype=dtype, device=device)
     nearby, moves = placed(steps), placed([*steps, *everywhere] if len(everywhere) <= 256 else steps)
+    reach = torch.tensor([0.8 * h for h in spacing], dtype=dtype, device=device)
+    close, home = nearby[(nearby.abs() <= reach).all(-1)], placed(grid)
+    lift = classes == torch.arange(max(residues) + 1, device=device)[:, None]
     return Tables(
         taps,
         classes,
         max(residues) + 1,
+        lift.to(dtype.to_complex()),
         classes[:, None] == classes[None, :],
-        placed(grid),
-        Moves(moves, phases_of(taps, moves)),
-        Moves(nearby, phases_of(taps, nearby)),
-        torch.tensor([0.8 * h for h in spacing], dtype=dtype, device=device),
+        home,
+        phases_of(taps, home),
+        _moves(taps, moves),
+        _moves(taps, nearby),
+        _moves(taps, close),
+        reach,
     )
+
+
+def _moves(positions: Tensor, by: Tensor) -> Moves:
+    phases = phases_of(positions, by)
+    return Moves(by, phases, phases.mT.contiguous())
 
 
 def _points(axes: list[list[float]]) -> Points:
