@@ -261,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=16, help="for each build: a multiple of eight")
-    parser.add_argument("--only", default="", help="part of a case's name; the stored figures of others stay")
+    parser.add_argument("--only", default="", help="a case's name, or a part of several; the stored figures of others stay")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_memory()
@@ -281,9 +281,9 @@ def main() -> None:
     stored = json.loads((RESULTS / "overhead.json").read_text())["results"] if arguments.only else {}
     report: dict[str, object] = {**stored, "not installed": missing}
     print(f"not installed: {', '.join(missing) or 'none'}")
-    for title, (build, shape, steps, repeats, times) in cases.items():
-        if arguments.only not in title:
-            continue
+    chosen = [arguments.only] if arguments.only in cases else [title for title in cases if arguments.only in title]
+    for title in chosen:
+        build, shape, steps, repeats, times = cases[title]
         begin = time.perf_counter()
         x, builds, few = torch.randn(shape), [], {*OTHERS, "opnorm adaptive"}
         seldom = few if steps is evaluation else {*few, "torch hook", YOUNG, "opnorm reshaped"}
