@@ -261,7 +261,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=16, help="for each build: a multiple of eight")
-    parser.add_argument("--only", default="", help="a case's name, or a part of several; the stored figures of others stay")
+    parser.add_argument(
+        "--only", default="", help="a case's name, or a part of several; the stored figures of others stay"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_memory()
