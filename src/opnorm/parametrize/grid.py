@@ -73,16 +73,22 @@ def _tables(
     grid = [tuple(h * i for i, h in zip(place, spacing, strict=True)) for place in places]
     steps = [point for scale in _SCALES for point in _points([[0.0, h * scale, -h * scale] for h in spacing])]
 
-    def placed(points: Points | list[tuple[float, ...]]) -> Tensor:
+    def existing(points: Points | list[tuple[float, ...]]) -> list[tuple[float, ...]]:
         if torus is not None:  # only these frequencies exist
             units = [2 * torch.pi / n for n in torus]
             points = [tuple(round(x / u) * u for x, u in zip(point, units, strict=True)) for point in points]
-        return torch.tensor(list(dict.fromkeys(points)), dtype=torch.float64).to(device, dtype)
+        return list(dict.fromkeys(points))
+
+    def placed(points: list[tuple[float, ...]]) -> Tensor:
+        return torch.tensor(points, dtype=torch.float64).to(device, dtype)
 
     taps = torch.tensor(positions, dtype=dtype, device=device)
-    nearby, moves = placed(steps), placed([*steps, *everywhere] if len(everywhere) <= 256 else steps)
-    reach = torch.tensor([0.8 * h for h in spacing], dtype=dtype, device=device)
-    close, home = nearby[(nearby.abs() <= reach).all(-1)], placed(grid)
+    reach = [0.8 * h for h in spacing]
+    nearby = existing(steps)
+    # Chosen on the host: a selection on the device would make the host wait.
+    close = [point for point in nearby if all(abs(x) <= far for x, far in zip(point, reach, strict=True))]
+    moves = existing([*steps, *everywhere]) if len(everywhere) <= 256 else nearby
+    home = placed(existing(grid))
     lift = classes == torch.arange(max(residues) + 1, device=device)[:, None]
     return Tables(
         taps,
@@ -92,10 +98,10 @@ def _tables(
         classes[:, None] == classes[None, :],
         home,
         phases_of(taps, home),
-        _moves(taps, moves),
-        _moves(taps, nearby),
-        _moves(taps, close),
-        reach,
+        _moves(taps, placed(moves)),
+        _moves(taps, placed(nearby)),
+        _moves(taps, placed(close)),
+        torch.tensor(reach, dtype=dtype, device=device),
     )
 
 
