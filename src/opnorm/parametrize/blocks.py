@@ -32,12 +32,14 @@ class Triple(NamedTuple):
     right: Tensor | None  # shape: (blocks, columns * taps, rank); None: `left` is the direction itself
 
 
-def step(matrices: Tensor, block: Block, depth: int = 1) -> tuple[Block, Triple]:
+def step(matrices: Tensor, block: Block, depth: int = 1, onward: int | None = None) -> tuple[Block, Triple]:
     """Advance the block in its Krylov space of that depth and return the best triple that it holds.
 
     `matrices` has shape (blocks, rows, columns), in float32, float64 or complex.
     """
-    left, pulled = krylov(lambda y: multiply(matrices, y), lambda x: multiply(matrices.mH, x), block.y, depth)
+    left, pulled = krylov(
+        lambda y: multiply(matrices, y), lambda x: multiply(matrices.mH, x), block.y, depth, onward=onward
+    )
     pulled, scale = scaled(pulled)
     rotation = ritz_rotation(pulled)[..., : block.y.shape[-1]]
     y, lengths = normalised(pulled @ rotation)
@@ -45,22 +47,32 @@ def step(matrices: Tensor, block: Block, depth: int = 1) -> tuple[Block, Triple]
     return Block(y, block.omega, block.scouts), triple
 
 
-def krylov(apply: Map, adjoint: Map, y: Tensor, depth: int, lower: Map = lambda image: image) -> tuple[Tensor, Tensor]:
+def krylov(
+    apply: Map,
+    adjoint: Map,
+    y: Tensor,
+    depth: int,
+    lower: Map = lambda image: image,
+    onward: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Orthonormal left vectors that span A y, A A* A y, ..., and their images under the adjoint.
+
+    All vectors take the first power, and the first `onward` of them the others.
 
     The largest gain over that space is far above that of as many power iterations, for the same products (Golub and
     Underwood, The block Lanczos method, 1977). Householder's factorisation keeps the basis orthonormal where
     another power adds nothing, as for a weight of low rank. `lower` takes an image to the space of y.
     """
     left = torch.linalg.qr(apply(y))[0]
-    images = adjoint(left)
+    images = last = adjoint(left)
     for _ in range(depth - 1):
         known = left.shape[-1]
         if known >= min(left.shape[1], y.shape[1]):
             break
-        more = apply(unit_columns(lower(images[..., -y.shape[-1] :])))
+        more = apply(unit_columns(lower(last[..., :onward])))
         left, turned = torch.linalg.qr(torch.cat([left, more], -1))
-        images = torch.cat([images @ turned[..., :known, :known].mH, adjoint(left[..., known:])], -1)
+        last = adjoint(left[..., known:])
+        images = torch.cat([images @ turned[..., :known, :known].mH, last], -1)
     return left, images
 
 
@@ -69,6 +81,19 @@ def look(matrices: Tensor, right: Tensor) -> Triple:
     image = multiply(matrices, right)
     gain = torch.linalg.vector_norm(image, dim=(1, 2), keepdim=True)
     return Triple(gain.flatten(), image / _nonzero(gain), right)
+
+
+def look_in_turn(matrices: Tensor, triple: Triple, *, back: bool) -> Triple:
+    """The gain that the right vector sees as it is, which moves the left one, or back: two are a power iteration.
+
+    A weight of zeros moves neither.
+    """
+    seen, moved = (triple.left, triple.right) if back else (triple.right, triple.left)
+    assert seen is not None and moved is not None
+    found = look(matrices.mH if back else matrices, seen)
+    some_are_zero = host_waits(seen) or min(found.sigma.tolist()) <= 0  # on an accelerator they may be
+    moved = torch.where(found.sigma[:, None, None] > 0, found.left, moved) if some_are_zero else found.left
+    return Triple(found.sigma, seen, moved) if back else Triple(found.sigma, moved, seen)
 
 
 def scaled(y: Tensor) -> tuple[Tensor, Tensor]:

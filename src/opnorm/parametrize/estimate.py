@@ -32,11 +32,13 @@ YOUNG = 100
 of Adam add large new directions, which one power iteration a step meets ten steps late."""
 
 DEPTH = 2
-"""Of the Krylov space in which vectors move; of an old convolution's it is one."""
+"""Of the Krylov space in which vectors move; of an old convolution's it is one, and of an old matrix' the second power
+is of the first two vectors alone."""
 
 EVERY, CONV_EVERY = 4, 8
-"""Later, vectors move at one of so many values. At the others the gain is what the vectors see as they are: one product
-with the weight, so that a step of the larger space costs less on average than one power iteration at each value."""
+"""Later, all vectors move at one of so many values. At the others the gain is what one of the triple's sees as it is:
+one product with the weight, so that a step of the larger space costs less on average than one power iteration at each
+value. Of a matrix the right and the left one take turns, by which the other moves."""
 
 ADAPTIVE_TOLERANCE = 5e-5
 ADAPTIVE_LEAST, ADAPTIVE_MOST = 6, 16
@@ -101,9 +103,10 @@ def refreshed(
             if afresh:
                 block, triple = _converged(method, raw)
             elif seen is not None:
-                block, triple = None, blocks.look(method.view.matrices(raw), seen)
+                block, triple = None, _looked(method.view, raw, seen, looks)
             else:
-                block, triple = _advanced(method, raw, held(method.view, buffers, dtype), age, turns)
+                begun = _moved(method.view, before, held(method.view, buffers, dtype))
+                block, triple = _advanced(method, raw, begun, age, turns)
             triple = _joined(method.view, triple)
             if afresh or before.triple is None or not on_device.host_waits(raw):
                 broken = not all(map(math.isfinite, triple.sigma.tolist()))
@@ -180,12 +183,32 @@ def _every(method: Method) -> int:
     return CONV_EVERY if method.view.frequencies else EVERY
 
 
-def _seen(method: Method, before: Estimate) -> Tensor | None:
-    """Return the right vector of an old weight where it stays as it is at this value, or None where vectors move."""
-    if before.triple is None or before.age < YOUNG or method.iterations == "adaptive":
+def _seen(method: Method, before: Estimate) -> Triple | None:
+    """Return the triple of an old weight by which this value is looked at, or None where all vectors move."""
+    if before.triple is None or before.triple.right is None or before.age < YOUNG or method.iterations == "adaptive":
         return None
     # Of more iterations than one a value, so many times as often.
-    return before.triple.right if before.looks + 1 < _every(method) // method.iterations else None
+    return before.triple if before.looks + 1 < _every(method) // method.iterations else None
+
+
+def _looked(view: View, raw: Tensor, seen: Triple, looks: int) -> Triple:
+    matrices = view.matrices(raw)
+    if _in_turn(view):
+        return blocks.look_in_turn(matrices, seen, back=looks % 2 == 0)
+    assert seen.right is not None
+    return blocks.look(matrices, seen.right)
+
+
+def _in_turn(view: View) -> bool:
+    """Whether the left vectors are the matrices' own: neither scaled nor of the largest block alone."""
+    return not view.frequencies and view.slack == 1 and (view.blocks == 1 or not view.joint)
+
+
+def _moved(view: View, before: Estimate, block: Block) -> Block:
+    """The vectors, the first as looks have moved it since."""
+    if before.looks == 0 or before.triple is None or before.triple.right is None or not _in_turn(view):
+        return block
+    return block._replace(y=torch.cat([before.triple.right, block.y[..., 1:]], -1))
 
 
 def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[int]) -> tuple[Block, Triple]:
@@ -195,7 +218,7 @@ def _step(method: Method, raw: Tensor, block: Block, age: int, turns: Iterator[i
         return sampled.step(view, raw, block, 1 if old else DEPTH)
     matrices = view.matrices(raw)
     if not view.frequencies:
-        return blocks.step(matrices, block, DEPTH)
+        return blocks.step(matrices, block, DEPTH, 2 if old else None)
     if method.iterations == "adaptive":
         return frequencies.sweep(view, matrices, block, DEPTH)
     first, last = scouts.on_turn(block, next(turns), old=old)

@@ -51,7 +51,7 @@ def spectral_norm(
         name: the weight; None for every matrix of the layer (q, k, v and out_proj, each by its own norm).
         n_power_iterations: block iterations for each new value of the weight; after the first hundred values a fourth
             as many, of a convolution an eighth: 1 is one at every fourth or eighth value, and in between the norm is
-            what the vectors see as they are. Or "adaptive": until it has settled.
+            what one of the vectors sees as it is. Or "adaptive": until it has settled.
         eps: accepted for compatibility and not needed: a zero weight stays zero.
         dim: the axis that becomes the rows with `norm="reshaped"`; the true operator does not depend on it.
         lipschitz: K > 0, the norm that the weight is given.
